@@ -1,0 +1,1 @@
+"""rb-noisy: adversarial training when labels are wrong, and its measurement, as an extension of RobustBench."""

@@ -1,0 +1,64 @@
+"""`python -m eval --model …`: PGD-20, AutoAttack and the κ-calibration report, then the place on the leaderboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from eval import autoattack, calibration, common, leaderboard, pgd
+from model_zoo.registry import enter_figures, read_cards
+
+
+def main(
+    model: common.ModelOption,
+    zoo: common.ZooOption = None,
+    dataset: common.DatasetOption = None,
+    n: common.CountOption = None,
+    batch_size: common.BatchOption = 250,
+    device: common.DeviceOption = None,
+    eps: common.EpsOption = None,
+    seed: common.SeedOption = 0,
+    json_file: common.JsonOption = None,
+    out: common.OutOption = Path("eval-results"),
+    data_root: common.RootOption = None,
+    checkpoint: common.CheckpointOption = "final",
+) -> None:
+    """Everything that a card needs, in one go; run it again to go on after an interruption."""
+    with common.user_errors():
+        common.check_batch_size(batch_size)
+        subject = common.load_subject(
+            model,
+            zoo=zoo,
+            dataset=dataset,
+            n=n,
+            device=device,
+            eps=eps,
+            data_root=data_root,
+            checkpoint=checkpoint,
+        )
+        results: dict[str, Any] = {}
+        # AutoAttack before calibration, which reads its verdicts.
+        for evaluation in (pgd, autoattack, calibration):
+            results |= evaluation.run(subject, seed=seed, batch_size=batch_size, out=out)
+        common.enter(subject, results, json_file)
+        autoattack.forget_progress(subject, out)
+        show_standing(subject, results, checkpoint)
+
+
+def show_standing(subject: common.Subject, results: dict[str, Any], checkpoint: str) -> None:
+    """The leaderboard of the subject's data set and noise, with these figures as its own."""
+    card = common.card_of(subject, checkpoint)
+    for evaluation, figures in results.items():
+        enter_figures(card, evaluation, figures)
+    others = [other for other in read_cards(subject.zoo) if other["name"] != subject.target]
+    rows = leaderboard.leaderboard_rows([*others, card], leaderboard.published_rows(), dataset=card["dataset"])
+    own = next(row for row in rows if row.measured and row.name == card["name"])
+    for shown in leaderboard.render_terminal([row for row in rows if row.group == own.group], card["name"]):
+        common.console.print(shown)
+    common.console.print(leaderboard.standing(rows, card["name"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,186 @@
+"""`python -m eval.calibration --model …`: what κ tells about a prediction, beside softmax and temperature scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from eval import common
+from rb_noisy.attacks import kappa, pgd
+from rb_noisy.calibration import calibration_report, plot_calibration
+from rb_noisy.errors import InputError
+
+KINDS = (("natural", "natural"), ("pgd-20", "PGD-20"))
+SCORES = {"kappa": "κ", "max_softmax": "max-softmax", "margin": "margin"}
+CALIBRATIONS = {
+    "uncalibrated": "as it is",
+    "temperature": "temperature scaling",
+    "isotonic_kappa": "isotonic on κ",
+    "isotonic_max_softmax": "isotonic on max-softmax",
+}
+
+
+def evaluate(
+    subject: common.Subject, *, kappa_steps: int, seed: int, batch_size: int, out: Path, robust: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The κ-calibration report.
+
+    κ is taken against the predicted label, without a random start, with α = 2.5·ε/n [NL App. D.3], on natural inputs
+    and on the final iterates of PGD-20.
+
+    Returns:
+        The figures with all that a published figure carries, and per-sample logits and κ.
+    """
+    alpha = 2.5 * subject.eps / kappa_steps
+    settings = {"seed": seed, "eps": subject.eps, "kappa_steps": kappa_steps}
+    measure = {"eps": subject.eps, "alpha": alpha, "steps": kappa_steps, "norm": subject.norm, "random_start": False}
+
+    def compute(x: Tensor, y: Tensor, batch_seed: int) -> dict[str, Tensor]:
+        attack = pgd(
+            subject.model, x, y, eps=subject.eps, alpha=subject.eps / 4, steps=20, norm=subject.norm, seed=batch_seed
+        )
+        with torch.no_grad():
+            natural, adversarial = subject.model(x), subject.model(attack.x_adv)
+        return {
+            "natural_logits": natural,
+            "adversarial_logits": adversarial,
+            "natural_kappa": kappa(subject.model, x, batch_size=batch_size, **measure),
+            "adversarial_kappa": kappa(subject.model, attack.x_adv, batch_size=batch_size, **measure),
+        }
+
+    arrays = common.in_batches(subject, "calibration", settings, batch_size, out, compute)
+    report = calibration_report(y=subject.y, steps=kappa_steps, seed=seed, robust=robust, **arrays)
+    figures = subject.describe(seed=seed, batch_size=batch_size) | {
+        "attack": f"κ from PGD-{kappa_steps}, predicted label, no random start; PGD-20 inputs with α = ε/4",
+        "alpha": alpha,
+        "steps": kappa_steps,
+        "report": report,
+    }
+    return figures, arrays
+
+
+def run(
+    subject: common.Subject, *, seed: int, batch_size: int, out: Path, kappa_steps: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate, show, draw, keep the per-sample values; the figures by evaluation."""
+    steps = default_steps(subject) if kappa_steps is None else kappa_steps
+    if steps < 1:
+        raise InputError(f"--kappa-steps is {steps}; give at least 1")
+    robust = autoattack_verdicts(subject, out)
+    figures, arrays = evaluate(subject, kappa_steps=steps, seed=seed, batch_size=batch_size, out=out, robust=robust)
+    show(subject, figures)
+    plot = out / subject.label / "calibration.png"
+    plot_calibration(figures["report"], plot, f"{subject.label}\n{common.setting(subject, figures)}")
+    common.console.print(f"plot: {plot}", soft_wrap=True)
+    common.save_verdicts(out, "calibration", subject, **arrays)
+    return {"calibration": figures}
+
+
+def main(
+    model: common.ModelOption,
+    zoo: common.ZooOption = None,
+    dataset: common.DatasetOption = None,
+    n: common.CountOption = None,
+    batch_size: common.BatchOption = 250,
+    device: common.DeviceOption = None,
+    eps: common.EpsOption = None,
+    kappa_steps: Annotated[int | None, typer.Option(help="n of κ. Default: 10, and 40 on mnist, as in [NL].")] = None,
+    seed: common.SeedOption = 0,
+    json_file: common.JsonOption = None,
+    out: common.OutOption = Path("eval-results"),
+    data_root: common.RootOption = None,
+    checkpoint: common.CheckpointOption = "final",
+) -> None:
+    """κ-calibration report: how far κ, softmax and margin can be trusted, on natural and attacked inputs."""
+    with common.user_errors():
+        common.check_batch_size(batch_size)
+        subject = common.load_subject(
+            model,
+            zoo=zoo,
+            dataset=dataset,
+            n=n,
+            device=device,
+            eps=eps,
+            data_root=data_root,
+            checkpoint=checkpoint,
+        )
+        results = run(subject, seed=seed, batch_size=batch_size, out=out, kappa_steps=kappa_steps)
+        common.enter(subject, results, json_file)
+
+
+def default_steps(subject: common.Subject) -> int:
+    return 40 if subject.dataset == "mnist" else 10
+
+
+def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
+    """Which samples AutoAttack left standing, if it has been run on these weights, images and ε."""
+    file = out / subject.label / "autoattack.npz"
+    if not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as saved:
+        same = (
+            str(saved["weights_sha256"]) == subject.weights_sha256
+            and np.array_equal(saved["y"], subject.y.numpy())
+            and np.isclose(float(saved["eps"]), subject.eps)
+        )
+        return torch.from_numpy(saved["robust"]) if same else None
+
+
+def show(subject: common.Subject, figures: dict[str, Any]) -> None:
+    """Print the report as three tables."""
+    report = figures["report"]
+    heading = common.setting(subject, figures)
+    quality = Table(title=f"Calibration of {subject.label}\n{heading}")
+    quality.add_column("inputs")
+    for column in ("accuracy", "ECE", "adaptive ECE", "NLL", "Brier"):
+        quality.add_column(column, justify="right")
+    for key, text in KINDS:
+        part = report[key]
+        numbers = (f"{part[m]:.3f}" for m in ("ece", "adaptive_ece", "nll", "brier"))
+        quality.add_row(text, common.percent(part), *numbers)
+    common.console.print(quality)
+
+    ranking = Table(title="Right from wrong predictions: AUROC (high is good) / AURC (low is good)")
+    ranking.add_column("inputs")
+    for text in SCORES.values():
+        ranking.add_column(text, justify="right")
+    for key, text in KINDS:
+        scores = report[key]["scores"]
+        ranking.add_row(text, *(f"{_show(scores[s]['auroc'])} / {_show(scores[s]['aurc'])}" for s in SCORES))
+    common.console.print(ranking)
+
+    after = Table(title="ECE after calibrating on half the images, tested on the other (mean ± sd of 20 splits)")
+    after.add_column("inputs")
+    for text in CALIBRATIONS.values():
+        after.add_column(text, justify="right")
+    for key, text in KINDS:
+        errors = [report[key]["calibrated"][name]["ece"] for name in CALIBRATIONS]
+        after.add_row(text, *(f"{_show(error['mean'])} ± {_show(error['std'])}" for error in errors))
+    common.console.print(after)
+
+    stays = report["natural"]["robust"]
+    if stays is None:
+        common.console.print("run eval.autoattack first to see how well κ tells what is right and stays right within ε")
+        return
+    lasting = Table(title=f"Right and still right after AutoAttack ({stays['share']:.2%} of the images)")
+    for column in ("score", "AUROC", "AURC", "Brier of isotonic on it"):
+        lasting.add_column(column, justify="right")
+    for name, text in SCORES.items():
+        fitted = stays.get(f"isotonic_{name}")
+        brier = _show(fitted["brier"]["mean"]) if fitted else "–"
+        lasting.add_row(text, _show(stays["scores"][name]["auroc"]), _show(stays["scores"][name]["aurc"]), brier)
+    common.console.print(lasting)
+
+
+def _show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

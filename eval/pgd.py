@@ -1,0 +1,128 @@
+"""`python -m eval.pgd --model …`: PGD-20, final-iterate and any-iterate accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from eval import common
+from rb_noisy.attacks import pgd
+from rb_noisy.errors import unknown_name
+
+# Both papers' test attack on CIFAR: ε and α in units of [0, 1]. Other models keep their own ε, with α = ε/4 as in both.
+PRESETS = {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}
+
+
+def evaluate(
+    subject: common.Subject, *, alpha: float, steps: int, seed: int, batch_size: int, out: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PGD from one random start: the figures, and per-sample verdicts by name.
+
+    *Final iterate* scores x⁽ⁿ⁾ alone, as papers do; *any iterate* counts a sample as broken if any of x⁽⁰⁾ … x⁽ⁿ⁾ is
+    misclassified, which is lower or equal.
+    """
+    settings = {"seed": seed, "eps": subject.eps, "alpha": alpha, "steps": steps}
+
+    def compute(x: Tensor, y: Tensor, batch_seed: int) -> dict[str, Tensor]:
+        attack = pgd(
+            subject.model,
+            x,
+            y,
+            eps=subject.eps,
+            alpha=alpha,
+            steps=steps,
+            norm=subject.norm,
+            seed=batch_seed,
+            evaluate_final=True,
+        )
+        with torch.no_grad():
+            natural = subject.model(x).argmax(1) == y
+        # A sample that is wrong as it is counts as broken: a lucky start must not mend it.
+        return {
+            "natural": natural,
+            "final_iterate": attack.final_correct & natural,
+            "any_iterate": ~attack.broken & natural,
+            "kappa": attack.kappa,
+        }
+
+    verdicts = common.in_batches(subject, f"pgd-{steps}", settings, batch_size, out, compute)
+    figures = subject.describe(seed=seed, batch_size=batch_size) | {
+        "attack": f"PGD-{steps}, cross entropy, one random start, eval mode",
+        "alpha": alpha,
+        "steps": steps,
+        **{name: common.rate(verdicts[name]) for name in ("natural", "final_iterate", "any_iterate")},
+    }
+    return figures, verdicts
+
+
+def run(
+    subject: common.Subject, *, seed: int, batch_size: int, out: Path, alpha: float | None = None, steps: int = 20
+) -> dict[str, dict[str, Any]]:
+    """Evaluate, show, keep the verdicts; the figures by evaluation."""
+    step = subject.eps / 4 if alpha is None else alpha
+    figures, verdicts = evaluate(subject, alpha=step, steps=steps, seed=seed, batch_size=batch_size, out=out)
+    common.console.print(table(subject, figures))
+    common.save_verdicts(out, f"pgd-{steps}", subject, **verdicts)
+    return {f"pgd-{steps}": figures}
+
+
+def main(
+    model: common.ModelOption,
+    zoo: common.ZooOption = None,
+    dataset: common.DatasetOption = None,
+    n: common.CountOption = None,
+    batch_size: common.BatchOption = 250,
+    device: common.DeviceOption = None,
+    eps: common.EpsOption = None,
+    preset: Annotated[str | None, typer.Option(help="sglr (8/255, 2/255) or nl (0.031, ε/4).")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Step size. Default: ε/4.")] = None,
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
+    seed: common.SeedOption = 0,
+    json_file: common.JsonOption = None,
+    out: common.OutOption = Path("eval-results"),
+    data_root: common.RootOption = None,
+    checkpoint: common.CheckpointOption = "final",
+) -> None:
+    """PGD-20 on a model's test set."""
+    with common.user_errors():
+        if preset is not None:
+            if preset not in PRESETS:
+                raise unknown_name("preset", preset, PRESETS)
+            eps, alpha = PRESETS[preset]
+        subject = common.load_subject(
+            model,
+            zoo=zoo,
+            dataset=dataset,
+            n=n,
+            device=device,
+            eps=eps,
+            data_root=data_root,
+            checkpoint=checkpoint,
+        )
+        common.check_batch_size(batch_size)
+        results = run(subject, alpha=alpha, steps=steps, seed=seed, batch_size=batch_size, out=out)
+        # Only the standard setting may stand in a card as PGD-n.
+        keeps = alpha is None or abs(alpha - subject.eps / 4) < 1e-12
+        common.enter(subject if keeps else common.without_target(subject), results, json_file)
+
+
+def table(subject: common.Subject, figures: dict[str, Any]) -> Table:
+    result = Table(title=f"{figures['attack']}\n{common.setting(subject, figures)}, α = {figures['alpha']:.4g}")
+    result.add_column("accuracy of")
+    result.add_column(f"{subject.label} (95% interval)", justify="right")
+    for name, text in (
+        ("natural", "natural images"),
+        ("final_iterate", "final iterate"),
+        ("any_iterate", "any iterate"),
+    ):
+        result.add_row(text, common.percent(figures[name]))
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,321 @@
+"""Cards and weights: list, load, publish.
+
+A zoo is a folder with `model_info/<dataset>/<threat model>/<name>.json` and `weights/<file>.safetensors`. The one that
+ships with the package is used unless another place is named: a folder, or `hf://USER/REPO` on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.files import atomic_path, sha256, write_json
+from rb_noisy.training import Run, load_weights
+
+BUILT_IN = Path(__file__).parent
+Card = dict[str, Any]
+
+
+def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
+    """A finished model in eval mode: images (N, C, H, W) in [0, 1] in, logits (N, K) out.
+
+    The weights are checked by their SHA-256 before they are read.
+
+    Args:
+        name: a name of `list_models`.
+        zoo: another zoo's folder, or "hf://USER/REPO"; None for the zoo that ships with the package.
+
+    Raises:
+        InputError: unknown name (the nearest are offered); weights missing, truncated or altered.
+    """
+    from rb_noisy.backbones import build_backbone
+
+    root = zoo_folder(zoo)
+    card = read_card(name, root)
+    file = weights_file(card, root)
+    model = build_backbone(**card["model_options"])
+    load_weights(model, file)
+    return model.eval()
+
+
+def list_models(
+    dataset: str | None = None, noise: str | None = None, method: str | None = None, zoo: str | Path | None = None
+) -> list[str]:
+    """Names of the models of a zoo, in alphabetical order.
+
+    Args:
+        dataset: only this data set ("digits", "mnist", …).
+        noise: only this kind of label noise ("symmetric", …); "none" for clean labels.
+        method: only this method ("pgd-at+sglr", …).
+    """
+    return sorted(
+        card["name"]
+        for card in read_cards(zoo)
+        if (dataset is None or card["dataset"] == dataset)
+        and (noise is None or noise_kind(card) == noise)
+        and (method is None or card["method"] == method)
+    )
+
+
+def noise_kind(card: Card) -> str:
+    """The kind of label noise a card's model was trained on, "none" for clean labels."""
+    return card["noise"]["kind"] if card["noise"] else "none"
+
+
+def zoo_folder(zoo: str | Path | None) -> Path:
+    """The local folder of a zoo; a zoo on the Hugging Face Hub is downloaded to the Hub's cache first.
+
+    Raises:
+        InputError: no zoo there, or the Hub cannot be reached.
+    """
+    if zoo is None:
+        return BUILT_IN
+    if str(zoo).startswith("hf://"):
+        return _hub_folder(str(zoo).removeprefix("hf://"))
+    if not (Path(zoo) / "model_info").is_dir():
+        raise InputError(f"{zoo} is no zoo: it has no folder model_info; publish a run into it first")
+    return Path(zoo)
+
+
+def _hub_folder(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["model_info/**/*.json", "weights/*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"the zoo hf://{repo} cannot be fetched ({type(error).__name__}); check the name and the network, "
+            "or copy the repository and name its folder"
+        ) from error
+
+
+def card_files(zoo: str | Path | None = None) -> dict[str, Path]:
+    """Model name → card file, from the file names alone."""
+    return {file.stem: file for file in sorted(zoo_folder(zoo).glob("model_info/*/*/*.json"))}
+
+
+def read_cards(zoo: str | Path | None = None) -> list[Card]:
+    """Every card of a zoo, in the order of the names."""
+    return [_read(file) for _, file in sorted(card_files(zoo).items())]
+
+
+def read_card(name: str, zoo: str | Path | None = None) -> Card:
+    """One card.
+
+    Raises:
+        InputError: unknown name, with the nearest names; a damaged card.
+    """
+    files = card_files(zoo)
+    if name not in files:
+        raise unknown_name("model", name, files)
+    return _read(files[name])
+
+
+def _read(file: Path) -> Card:
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"name", "dataset", "threat_model", "method", "noise", "model_options", "weights"} - card.keys()
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"the card {file} is damaged ({error}); get it again") from error
+    if missing:
+        raise InputError(f"the card {file} lacks {', '.join(sorted(missing))}; get it again")
+    return card
+
+
+def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
+    """The weights of a card, once their SHA-256 is what the card says.
+
+    Raises:
+        InputError: missing, truncated or altered weights, or a file name that leaves the zoo.
+    """
+    weights = card["weights"]
+    if Path(weights["file"]).name != weights["file"] or not weights["file"].endswith(".safetensors"):
+        raise InputError(f"the card of {card['name']} names {weights['file']!r} as weights; want a plain .safetensors")
+    file = zoo_folder(zoo) / "weights" / weights["file"]
+    if not file.is_file():
+        raise InputError(f"the weights of {card['name']} are missing ({file}); install again, or get the file again")
+    if file.stat().st_size != weights["bytes"]:
+        raise InputError(
+            f"the weights of {card['name']} are truncated or altered ({file} has {file.stat().st_size} bytes, "
+            f"the card says {weights['bytes']}); get the file again"
+        )
+    if sha256(file) != weights["sha256"]:
+        raise InputError(f"the weights of {card['name']} are altered ({file} has another SHA-256); get the file again")
+    return file
+
+
+def publish(
+    run_dir: str | Path,
+    name: str,
+    *,
+    zoo: str | Path | None = None,
+    checkpoint: str = "final",
+    authors: str = "",
+    link: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Copy a run's weights into a zoo and write its card; the card's path.
+
+    Figures that the evaluation commands measured on the run (its `results.json`) come along.
+
+    Args:
+        name: lower-case letters, digits and underscores; what `load_model` takes.
+        checkpoint: "final", or "best" (chosen on the test set unless the recipe held out a validation set).
+        overwrite: replace a model of that name; its measured figures are dropped.
+
+    Raises:
+        InputError: an unfinished run, a name that is taken or malformed.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise InputError(f"{name!r} cannot be a model's name; use lower-case letters, digits and underscores")
+    run = Run.open(run_dir)
+    if not run.finished:
+        raise InputError(f"{run_dir} has {len(run.metrics)} of {run.recipe.epochs} epochs; continue it with --resume")
+    model = run.load(checkpoint)  # read it once, so that no broken file is published
+    root = BUILT_IN if zoo is None else Path(zoo)
+    if str(zoo).startswith("hf://"):
+        raise InputError("publish into a folder, then upload it with: huggingface-cli upload USER/REPO FOLDER")
+    old = card_files(root).get(name) if (root / "model_info").is_dir() else None
+    if old and not overwrite:
+        raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
+    old_weights = _read(old)["weights"]["file"] if old else None
+
+    source = run.path / f"{checkpoint}.safetensors"
+    digest = sha256(source)
+    card = run_card(run, name, checkpoint) | {"authors": authors, "link": link}
+    card["parameters"] = sum(p.numel() for p in model.parameters())
+    # The hash in the file name lets the card switch from old weights to new ones in one rename.
+    card["weights"] = {"file": f"{name}-{digest[:8]}.safetensors", "sha256": digest, "bytes": source.stat().st_size}
+    for evaluation, figures in read_results(run.path).items():
+        if figures["weights_sha256"] == digest:
+            enter_figures(card, evaluation, figures)
+    with atomic_path(root / "weights" / card["weights"]["file"]) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    file = root / "model_info" / card["dataset"] / card["threat_model"] / f"{name}.json"
+    write_json(file, card)
+    if old and old != file:
+        old.unlink()
+    if old_weights and old_weights != card["weights"]["file"]:
+        (root / "weights" / old_weights).unlink(missing_ok=True)
+    return file
+
+
+def run_card(run: Run, name: str, checkpoint: str) -> Card:
+    """The card of a run, as yet without weights and figures."""
+    recipe = run.recipe
+    noise = None
+    if recipe.noise != "none":
+        noise = {"kind": recipe.noise, "rate": recipe.noise_rate, "seed": recipe.noise_seed, **recipe.noise_options}
+    return {
+        # RobustBench's fields, in its units (strings, percent).
+        "link": "",
+        "name": name,
+        "authors": "",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": dataset_label(recipe.data),
+        "venue": "",
+        "architecture": recipe.backbone,
+        "eps": eps_label(recipe.eps),
+        "clean_acc": "",
+        "reported": "",
+        "autoattack_acc": "",
+        "unreliable": False,
+        # Ours.
+        "threat_model": recipe.norm,
+        "method": recipe.method,
+        "noise": noise,
+        "checkpoint": checkpoint,
+        "parameters": 0,
+        "weights": {},
+        "model_options": run.model_options,
+        "class_names": list(run.class_names),
+        "recipe": recipe.to_dict(),
+        "training": _training_summary(run),
+        "published": datetime.date.today().isoformat(),
+        "results": {},
+    }
+
+
+def _training_summary(run: Run) -> dict[str, Any]:
+    """Best, final and their difference, as tracked during training [SGLR Tables 2, 3]."""
+    best, final = run.metrics[run.best_epoch], run.metrics[-1]
+
+    def figures(line: dict[str, Any]) -> dict[str, Any]:
+        return {k: line[k] for k in ("epoch", "test_natural_acc", "test_pgd_acc")}
+
+    return {
+        "best_chosen_on": "validation" if run.recipe.validation else "test",
+        "tracked_test_samples": run.recipe.track or "all",
+        "attack": f"PGD-{run.recipe.track_steps}, final iterate",
+        "best": figures(best),
+        "final": figures(final),
+        "pgd_acc_diff": best["test_pgd_acc"] - final["test_pgd_acc"],
+        "seconds": round(sum(line["seconds"] for line in run.metrics), 1),
+    }
+
+
+def dataset_label(data: str) -> str:
+    """The folder name of a data set: "digits" for "digits", "mine" for "npz:/data/mine.npz"."""
+    kind, _, place = data.partition(":")
+    return Path(place).stem.lower() if place else kind
+
+
+def eps_label(eps: float) -> str:
+    """RobustBench's way of writing ε: "8/255" where that is exact, else the number."""
+    scaled = eps * 255
+    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{eps:g}"
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """The figures measured on a run folder, by evaluation."""
+    file = run_dir / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], zoo: str | Path | None = None) -> bool:
+    """Enter an evaluation's figures into the card of a model, or into the `results.json` of a run folder.
+
+    Figures over fewer samples never replace figures over more.
+
+    Args:
+        target: a model's name, or a run folder's `Path`.
+        evaluation: "autoattack", "pgd-20" or "calibration".
+        figures: JSON-able; with "n" (samples), and with "weights_sha256".
+
+    Returns:
+        Whether the figures were entered.
+    """
+    if isinstance(target, Path):
+        results = read_results(target)
+        if _keeps(results, evaluation, figures):
+            return False
+        write_json(target / "results.json", results | {evaluation: figures})
+        return True
+    file = card_files(zoo)[target]
+    card = _read(file)
+    if _keeps(card["results"], evaluation, figures):
+        return False
+    enter_figures(card, evaluation, figures)
+    write_json(file, card)
+    return True
+
+
+def _keeps(results: dict[str, Any], evaluation: str, figures: dict[str, Any]) -> bool:
+    old = results.get(evaluation)
+    return bool(old and old["weights_sha256"] == figures["weights_sha256"] and old["n"] > figures["n"])
+
+
+def enter_figures(card: Card, evaluation: str, figures: dict[str, Any]) -> None:
+    """Put an evaluation's figures into a card in memory, RobustBench's own fields included."""
+    card["results"][evaluation] = figures
+    if evaluation == "autoattack":
+        card["clean_acc"] = f"{100 * figures['natural']['accuracy']:.2f}"
+        card["autoattack_acc"] = f"{100 * figures['accuracy']:.2f}"

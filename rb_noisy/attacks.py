@@ -1,0 +1,315 @@
+"""PGD, FGSM and the geometry value κ: one loop.
+
+The iterates are x⁽⁰⁾ = x + start and x⁽ᵗ⁺¹⁾ = Π(x⁽ᵗ⁾ + α·direction(∇ℓ(f(x⁽ᵗ⁾), y))), with Π the projection on the
+ε-ball around x, cut to [0, 1] (Madry et al. 2018; [NL] eq. 2). A PGD-n attack evaluates f at x⁽⁰⁾ … x⁽ⁿ⁻¹⁾ to take
+its steps, so κ falls out of it with no further forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rb_noisy.errors import InputError, unknown_name
+
+Norm = Literal["Linf", "L2"]
+Definition = Literal["first", "count"]
+NORMS = ("Linf", "L2")
+DEFINITIONS = ("first", "count")
+
+AttackLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits of the iterate, logits of the natural image, labels) -> what the attack raises, summed over the batch."""
+
+
+def _cross_entropy(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def _kl(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+    """KL(f(x) ‖ f(x̃)), what TRADES raises (Zhang et al. 2019)."""
+    return F.kl_div(logits.log_softmax(1), natural.log_softmax(1), reduction="sum", log_target=True)
+
+
+def _margin(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+    """max over other classes of z_j − z_y (Carlini & Wagner 2017)."""
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return (other - true).sum()
+
+
+ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _cross_entropy, "kl": _kl, "margin": _margin}
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found.
+
+    Attributes:
+        x_adv: (N, C, H, W), the final iterate x⁽ⁿ⁾, inside the ε-ball and [0, 1], in the order of the input.
+        kappa: (N,) int64 in 0..n, the geometry value κ against y (small = easily attacked = suspicious label).
+        broken: (N,) bool, whether any of the iterates x⁽⁰⁾ … x⁽ⁿ⁾ was misclassified; None unless asked for,
+            because f(x⁽ⁿ⁾) costs one more forward pass.
+        final_correct: (N,) bool, whether x⁽ⁿ⁾ is classified as y; None unless asked for.
+    """
+
+    x_adv: Tensor
+    kappa: Tensor
+    broken: Tensor | None = None
+    final_correct: Tensor | None = None
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm = "Linf",
+    loss: str | AttackLoss = "ce",
+    random_start: bool | Literal["gaussian"] = True,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    mode: Literal["eval", "train", "keep"] = "eval",
+    definition: Definition = "first",
+    evaluate_final: bool = False,
+) -> AttackResult:
+    """PGD-n, with κ at no further forward pass.
+
+    Args:
+        model: takes images in [0, 1] (N, C, H, W), returns logits (N, K). Its parameters get no gradient.
+        x: natural images (N, C, H, W) in [0, 1].
+        y: labels (N,) int64: what the attack moves away from and what κ is measured against.
+        eps: radius of the ball, in units of the image range [0, 1].
+        alpha: step size, same unit.
+        steps: n; 0 returns the start point. FGSM is `steps=1, alpha=eps, random_start=False`.
+        norm: "Linf" or "L2".
+        loss: "ce", "kl" (against the prediction on x; TRADES), "margin", or a callable (`AttackLoss`).
+        random_start: True for a uniform point of the ball; "gaussian" for x + 0.001·N(0, 1) (TRADES); False for x.
+        seed: seeds the random start on the CPU; `generator` (a CPU generator) instead continues a stream.
+        mode: BatchNorm and dropout during the attack: "eval" ([NL]'s lineage), "train" (Rice et al.), or "keep".
+            The model's own mode is restored afterwards.
+        definition: of κ, see `kappa`.
+        evaluate_final: also classify x⁽ⁿ⁾ (one more forward pass) and fill `broken` and `final_correct`.
+
+    Raises:
+        InputError: a setting out of range, images outside [0, 1] or not 4-dimensional, labels of another length.
+    """
+    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    attack_loss = _attack_loss(loss)
+    start = _start(x, eps, norm, random_start, _generator(seed, generator))
+    with _mode(model, mode):
+        natural = _logits(model, x) if loss == "kl" else x.new_empty(0)
+        x_adv, correct = start, []
+        for _ in range(steps):
+            x_adv, iterate_correct = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm)
+            correct.append(iterate_correct)
+        kappa_values = _kappa_of(correct, y, definition)
+        if not evaluate_final:
+            return AttackResult(x_adv, kappa_values)
+        final_correct = _logits(model, x_adv).argmax(1) == y
+    survived = torch.stack([*correct, final_correct]).all(0)
+    return AttackResult(x_adv, kappa_values, ~survived, final_correct)
+
+
+def kappa(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm = "Linf",
+    random_start: bool = True,
+    definition: Definition = "first",
+    batch_size: int = 256,
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The geometry value κ of every sample ([NL] §5; Zhang et al. 2021b).
+
+    κ(x, y) is the least t in {0, …, n−1} with argmax f(x⁽ᵗ⁾) ≠ y, or n if there is none. κ = 0: misclassified at the
+    start already; κ = n: PGD-n never got it. Range 0..n; a *small* κ is the suspicious end. A sample leaves the batch
+    as soon as it is misclassified. With `definition="count"` κ is the number of iterates t < n that are classified
+    as y (what the GAIRAT code computes); the two differ only where a prediction flips back, and nothing can be dropped.
+
+    Args:
+        y: labels (N,); None measures against the model's own prediction on x (for unlabelled samples).
+        batch_size: samples attacked at a time; the random start does not depend on it.
+        progress: called with the number of samples finished since the last call.
+
+    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy.
+
+    Returns:
+        (N,) int64 on the device of x.
+    """
+    device = next((p.device for p in model.parameters()), x.device)
+    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1")
+    generator = _generator(seed, None)
+    values = []
+    with _mode(model, "eval"):
+        for at in range(0, len(x), batch_size):
+            xb = x[at : at + batch_size].to(device)
+            yb = _logits(model, xb).argmax(1) if y is None else y[at : at + batch_size].to(device)
+            x_adv = _start(xb, eps, norm, random_start, generator)
+            values.append(_kappa_batch(model, xb, yb, x_adv, eps, alpha, steps, norm, definition).to(x.device))
+            if progress is not None:
+                progress(len(xb))
+    return torch.cat(values) if values else torch.zeros(0, dtype=torch.int64, device=x.device)
+
+
+def _kappa_batch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    x_adv: Tensor,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm,
+    definition: Definition,
+) -> Tensor:
+    empty = x.new_empty(0)
+    if definition == "count":
+        correct = []
+        for _ in range(steps):
+            x_adv, right = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
+            correct.append(right)
+        return _kappa_of(correct, y, definition)
+    result = torch.full_like(y, steps)
+    active = torch.arange(len(y), device=y.device)
+    for t in range(steps):
+        x_adv, right = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
+        result[active[~right]] = t
+        if not right.all():
+            active, x_adv, x, y = active[right], x_adv[right], x[right], y[right]
+            if not len(active):
+                break
+    return result
+
+
+def _kappa_of(correct: list[Tensor], y: Tensor, definition: Definition) -> Tensor:
+    if not correct:
+        return torch.zeros_like(y)
+    right = torch.stack(correct).long()  # (n, N)
+    return right.sum(0) if definition == "count" else right.cumprod(0).sum(0)
+
+
+def _step(
+    model: nn.Module,
+    x_adv: Tensor,
+    x: Tensor,
+    y: Tensor,
+    natural: Tensor,
+    attack_loss: AttackLoss,
+    eps: float,
+    alpha: float,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """One iterate on, and whether the iterate that was left is classified as y."""
+    x_adv = x_adv.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x_adv)
+        # Only the input's gradient: autograd then skips the weight gradients altogether.
+        (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x_adv)
+    x_adv = x_adv.detach()
+    if norm == "Linf":
+        moved = x_adv + alpha * gradient.sign()
+        moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+    else:
+        moved = x_adv + alpha * gradient / _l2(gradient).clamp_min(1e-12)
+        delta = moved - x
+        moved = x + delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1.0)
+    return moved.clamp(0.0, 1.0), logits.detach().argmax(1) == y
+
+
+def _start(x: Tensor, eps: float, norm: Norm, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
+    if random_start is False:
+        return x.clone()
+
+    # Drawn on the CPU so that one seed means the same start on every device.
+    def draw(sampler: Callable[..., Tensor], shape: torch.Size) -> Tensor:
+        return sampler(shape, generator=generator, dtype=x.dtype).to(x.device)
+
+    if random_start == "gaussian":
+        delta = 0.001 * draw(torch.randn, x.shape)
+    elif random_start is not True:
+        raise InputError(f"random_start is {random_start!r}; give True, False or 'gaussian'")
+    elif norm == "Linf":
+        delta = eps * (2 * draw(torch.rand, x.shape) - 1)
+    else:
+        # The first d coordinates of a uniform point on the sphere in d + 2 dimensions are uniform in the d-ball. One
+        # row of uniform numbers per sample keeps the start independent of the batch size, which randn would not.
+        d = x[0].numel()
+        uniform = draw(torch.rand, torch.Size((len(x), d + 2))).clamp(1e-6, 1 - 1e-6)
+        sphere = F.normalize(torch.special.ndtri(uniform), dim=1)
+        delta = eps * sphere[:, :d].reshape(x.shape)
+    return (x + delta).clamp(0.0, 1.0)
+
+
+def _l2(v: Tensor) -> Tensor:
+    return v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+@contextmanager
+def _mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put the whole model in `mode`, then every module back into its own (frozen BatchNorms stay frozen)."""
+    if mode not in ("eval", "train", "keep"):
+        raise InputError(f"attack mode is {mode!r}; give 'eval', 'train' or 'keep'")
+    before = [(module, module.training) for module in model.modules()]
+    if mode != "keep":
+        model.train(mode == "train")
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
+    if seed is not None and generator is not None:
+        raise InputError("both seed and generator are given; give one of them")
+    return torch.Generator().manual_seed(seed) if seed is not None else generator
+
+
+def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
+    if callable(loss):
+        return loss
+    if loss not in ATTACK_LOSSES:
+        raise unknown_name("attack loss", str(loss), ATTACK_LOSSES)
+    return ATTACK_LOSSES[loss]
+
+
+def _check(x: Tensor, y: Tensor | None, *, eps: float, alpha: float, steps: int, norm: str, definition: str) -> None:
+    if norm not in NORMS:
+        raise unknown_name("norm", norm, NORMS)
+    if definition not in DEFINITIONS:
+        raise unknown_name("definition of κ", definition, DEFINITIONS)
+    for name, value in (("eps", eps), ("alpha", alpha)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{name} is {value}; give a number of at least 0, in units of the image range [0, 1]")
+    if steps != int(steps) or steps < 0:
+        raise InputError(f"steps is {steps}; give a whole number of at least 0")
+    if x.dim() != 4:
+        raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")
+    if y is not None and y.shape != x.shape[:1]:
+        raise InputError(f"{tuple(y.shape)} labels for {len(x)} images; give one integer label per image")
+    if len(x):
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise InputError(f"the images span [{low:.4g}, {high:.4g}]; scale them to [0, 1], without NaN")

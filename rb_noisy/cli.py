@@ -1,0 +1,218 @@
+"""The console command `rb-noisy`: train, publish, models."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rb_noisy.errors import InputError
+
+app = typer.Typer(
+    help="Adversarial training when labels are wrong: train, publish into the zoo, list the zoo.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+ZooOption = Annotated[
+    str | None, typer.Option("--zoo", help="Another zoo: a folder, or hf://USER/REPO. Default: the one that ships.")
+]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Bad input becomes one line on stderr and exit code 2, an interruption 130; bugs keep their traceback."""
+    from rb_noisy.training import TrainingDiverged
+
+    try:
+        yield
+    except InputError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+    except TrainingDiverged as error:
+        errors.print(f"[bold red]diverged:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(3) from error
+    except KeyboardInterrupt as error:
+        errors.print("interrupted; what was finished is kept", soft_wrap=True)
+        raise typer.Exit(130) from error
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def progress_bar() -> Progress:
+    """The progress bar of every command; on stderr, so that stdout stays clean."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not sys.stderr.isatty() and "RB_NOISY_PROGRESS" not in os.environ,
+    )
+
+
+def _parse_settings(settings: list[str]) -> dict[str, Any]:
+    """["lr=0.05", "target_options.r=0.4"] → {"lr": 0.05, "target_options": {"r": 0.4}}, values as JSON or text."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting!r} is not FIELD=VALUE; write for example --set lr=0.05")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        outer, dot, inner = key.partition(".")
+        if dot:
+            values.setdefault(outer, {})[inner] = value
+        else:
+            values[outer] = value
+    return values
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="digits, mnist, cifar10, cifar100, npz:FILE or imagefolder:DIR.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="st, pgd-at or trades, alone or with +ls, +sglr, +sglr-released.")
+    ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="none, symmetric, uniform, pair, asymmetric, human or matrix.")
+    ] = None,
+    noise_rate: Annotated[float | None, typer.Option(help="Noise rate, 0 to 1.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="A timm name, ours or any.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length of the run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Initial weights, order, augmentation, random starts.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other recipe field, e.g. --set lr=0.05 (repeatable).")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Start from a recipe in a JSON file.")] = None,
+    like: Annotated[str | None, typer.Option("--like", help="Start from the recipe of a zoo model.")] = None,
+    zoo: ZooOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
+) -> None:
+    """Train a model and leave a run folder."""
+    from rb_noisy.recipes import Recipe
+    from rb_noisy.training import Run
+    from rb_noisy.training import train as run_training
+
+    named = {
+        "data": data,
+        "method": method,
+        "noise": noise,
+        "noise_rate": noise_rate,
+        "backbone": backbone,
+        "epochs": epochs,
+        "seed": seed,
+    }
+    with user_errors():
+        values = {k: v for k, v in named.items() if v is not None} | _parse_settings(settings or [])
+        if recipe is not None and like is not None:
+            raise InputError("both --recipe and --like are given; give one of them")
+        if recipe is not None:
+            if not recipe.is_file():
+                raise InputError(f"--recipe {recipe} is no file; name a JSON file of recipe fields")
+            values = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe)).to_dict() | values
+        elif like is not None:
+            from model_zoo.registry import read_card
+
+            values = read_card(like, zoo)["recipe"] | values
+        elif resume and not values and (out / "run.json").is_file():
+            values = Run.open(out).recipe.to_dict()
+        chosen = Recipe.from_dict(values)
+        with progress_bar() as bar:
+            task = bar.add_task("epoch 1", total=None)
+
+            def on_batch(epoch: int, done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, description=f"epoch {epoch + 1}/{chosen.epochs}")
+
+            def on_epoch(line: dict[str, Any]) -> None:
+                console.print(_epoch_line(line, chosen.epochs), highlight=False, soft_wrap=True)
+
+            run = run_training(chosen, out, resume, data_root=data_root, on_batch=on_batch, on_epoch=on_epoch)
+        best, final = run.metrics[run.best_epoch], run.metrics[-1]
+        console.print(
+            f"{out}: best PGD-{chosen.track_steps} {best['test_pgd_acc']:.2%} (epoch {run.best_epoch + 1}), "
+            f"final {final['test_pgd_acc']:.2%}; evaluate it with: python -m eval --model {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _epoch_line(line: dict[str, Any], epochs: int) -> str:
+    parts = [
+        f"epoch {line['epoch'] + 1}/{epochs}",
+        f"loss {line['train_loss']:.4f}",
+        f"test natural {line['test_natural_acc']:.2%} PGD {line['test_pgd_acc']:.2%}",
+        f"κ correct {line['train_correct_kappa']:.2f}",
+    ]
+    if line["train_incorrect_kappa"] is not None:
+        parts.append(f"κ incorrect {line['train_incorrect_kappa']:.2f}")
+    return "  ".join([*parts, f"{line['seconds']:.1f} s"])
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    name: Annotated[str, typer.Argument(help="What load_model will take.")],
+    zoo: Annotated[Path | None, typer.Option(help="The zoo's folder. Default: the one that ships.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="final or best.")] = "final",
+    authors: Annotated[str, typer.Option(help="For the card.")] = "",
+    link: Annotated[str, typer.Option(help="For the card.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
+) -> None:
+    """Publish a run folder into a zoo: its weights and a card."""
+    from model_zoo.registry import publish as publish_run
+
+    with user_errors():
+        card = publish_run(run, name, zoo=zoo, checkpoint=checkpoint, authors=authors, link=link, overwrite=overwrite)
+        place = f" --zoo {zoo}" if zoo else ""
+        console.print(f"published {card}; evaluate it with: python -m eval --model {name}{place}", soft_wrap=True)
+
+
+@app.command()
+def models(
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    noise: Annotated[str | None, typer.Option(help="Only this kind of label noise; none for clean labels.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    zoo: ZooOption = None,
+) -> None:
+    """List the models of a zoo."""
+    from model_zoo.registry import list_models, read_card
+
+    with user_errors():
+        table = Table("model", "data set", "label noise", "method", "backbone", "eps", "natural", "AutoAttack")
+        for name in list_models(dataset, noise, method, zoo):
+            card = read_card(name, zoo)
+            label_noise = f"{card['noise']['kind']} {card['noise']['rate']}" if card["noise"] else "none"
+            table.add_row(
+                name,
+                card["dataset"],
+                label_noise,
+                card["method"],
+                card["architecture"],
+                card["eps"],
+                card["clean_acc"] or "–",
+                card["autoattack_acc"] or "–",
+            )
+        console.print(table)

@@ -1,0 +1,397 @@
+"""Named data sets as tensors in memory, and batched augmentation on the device.
+
+Every image is float32 in [0, 1] and every label an int64 class index. Downloads are checked by MD5 each time they are
+read, and no pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import io
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.files import atomic_path
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dataset:
+    """A data set in memory.
+
+    `x_train`, `x_test`: (N, C, H, W) float32 in [0, 1]. `y_train`, `y_test`: (N,) int64 in 0..K-1.
+    `class_names`: the K names, in label order.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.class_names)
+
+    @property
+    def in_chans(self) -> int:
+        """C, the number of image channels."""
+        return self.x_train.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return tuple(self.x_train.shape[2:])
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(side) for side in self.x_train.shape[1:])
+        sizes = f"{len(self.x_train)} train, {len(self.x_test)} test"
+        return f"Dataset({self.name!r}: {sizes}, {shape}, {self.num_classes} classes)"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that can be downloaded: its place under the data folder, the MD5 it must have there, and its mirrors."""
+
+    path: str
+    md5: str
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CifarLayout:
+    """The members of a CIFAR archive, whose records are `label_bytes` labels (the last is used) and 3x32x32 pixels."""
+
+    train: tuple[str, ...]
+    test: str
+    names: str
+    label_bytes: int
+
+
+_MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+
+
+def _mnist_file(name: str, md5: str) -> RemoteFile:
+    # torchvision's own layout, so that a folder it filled is found.
+    return RemoteFile(f"MNIST/raw/{name}", md5, tuple(f"{mirror}{name}.gz" for mirror in _MNIST_MIRRORS))
+
+
+def _cifar_file(name: str, md5: str) -> RemoteFile:
+    return RemoteFile(name, md5, (f"https://www.cs.toronto.edu/~kriz/{name}",))
+
+
+# torchvision's CIFAR classes read pickles; the official binary archives hold the same images and labels.
+FILES: dict[str, tuple[RemoteFile, ...]] = {
+    "mnist": (
+        _mnist_file("train-images-idx3-ubyte", "6bbc9ace898e44ae57da46a324031adb"),
+        _mnist_file("train-labels-idx1-ubyte", "a25bea736e30d166cdddb491f175f624"),
+        _mnist_file("t10k-images-idx3-ubyte", "2646ac647ad5339dbf082846283269ea"),
+        _mnist_file("t10k-labels-idx1-ubyte", "27ae3e4e09519cfbb04c329615203637"),
+    ),
+    "cifar10": (_cifar_file("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
+    "cifar100": (_cifar_file("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
+}
+CIFAR_LAYOUTS = {
+    "cifar10": CifarLayout(
+        train=tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
+        test="cifar-10-batches-bin/test_batch.bin",
+        names="cifar-10-batches-bin/batches.meta.txt",
+        label_bytes=1,
+    ),
+    "cifar100": CifarLayout(
+        train=("cifar-100-binary/train.bin",),
+        test="cifar-100-binary/test.bin",
+        names="cifar-100-binary/fine_label_names.txt",
+        label_bytes=2,
+    ),
+}
+
+
+def data_root(root: str | os.PathLike | None = None) -> Path:
+    """The folder of downloaded data: `root`, else $RB_NOISY_DATA, else ~/.cache/rb_noisy/data."""
+    return Path(root or os.environ.get("RB_NOISY_DATA") or "~/.cache/rb_noisy/data").expanduser()
+
+
+def load_data(name: str, root: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
+    """Load a data set by name, whole, into memory.
+
+    * `digits`: the 1,797 handwritten 8x8 digits inside scikit-learn, pixel values divided by 16. **The split into
+      1,257 training and 540 test images is ours**: scikit-learn has none, so 54 images of every class are drawn with a
+      fixed seed. Writers are not known, so the same hand may be on both sides.
+    * `mnist`, `cifar10`, `cifar100` (fine labels): downloaded to `data_root(root)` unless there already.
+    * `npz:FILE`: arrays x_train, y_train, x_test, y_test as Keras writes them: x uint8, or float in [0, 1], of shape
+      (N, H, W) or (N, H, W, C); y integers 0..K-1 of shape (N,) or (N, 1); `class_names` (K,) if there.
+    * `imagefolder:DIR`: 8-bit images of one size in train/<class>/ and test/<class>/, classes in the order of their
+      folder names; one channel if every image is greyscale, else RGB.
+
+    With `download=False` the network is never touched.
+    Raises `InputError` for an unknown name, for data that are missing and cannot be downloaded, and for a file that is
+    damaged or in another form.
+    """
+    kind, _, argument = name.partition(":")
+    if kind in _FROM_PATH and argument:
+        return _FROM_PATH[kind](name, Path(argument).expanduser())
+    if name not in _NAMED:
+        raise unknown_name("data set", name, [*_NAMED, "npz:FILE", "imagefolder:DIR"])
+    return _NAMED[name](name, data_root(root), download)
+
+
+def augment(x: Tensor, *, crop: int = 4, flip: bool = True, generator: torch.Generator | None = None) -> Tensor:
+    """Random crop with `crop` pixels of zero padding, then a horizontal flip with probability 1/2, for a whole batch.
+
+    `x`: (N, C, H, W), any range; returns the same shape, dtype and device. Each image has its own offset and flip.
+    `generator` lives on the CPU, also for images on another device, so that a seed means the same everywhere.
+    """
+    if crop < 0:
+        raise InputError(f"crop is the padding in pixels and cannot be {crop}: give 0 for no crop")
+    n, channels, height, width = x.shape
+    offsets = torch.randint(0, 2 * crop + 1, (2, n, 1), generator=generator).to(x.device)
+    rows = offsets[0] + torch.arange(height, device=x.device)
+    columns = offsets[1] + torch.arange(width, device=x.device)
+    if flip:
+        flipped = (torch.rand(n, 1, generator=generator) < 0.5).to(x.device)
+        columns = torch.where(flipped, columns.flip(1), columns)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[:, None, None]
+    return F.pad(x, (crop,) * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an .npz file without pickle; whatever is wrong with it, also while it is read, is an `InputError`."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: check the path")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no .npz file or is damaged: write it again with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError) as error:
+        raise InputError(f"{path} cannot be read ({error}): write it again with numpy.savez, arrays only") from error
+    except (zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise InputError(f"{path} is damaged ({error}): write it again with numpy.savez") from error
+
+
+def _pixels(images: np.ndarray) -> Tensor:
+    """uint8 0..255 to a float32 tensor in [0, 1]."""
+    return torch.from_numpy(images.astype(np.float32)).div_(255)
+
+
+def _digits(name: str, root: Path, download: bool) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy((images / 16).astype(np.float32)).reshape(-1, 1, 8, 8)
+    y = torch.from_numpy(labels.astype(np.int64))
+    # Raw PCG64 words are the same in every NumPy version; its distributions need not be.
+    order = np.argsort(np.random.PCG64(0).random_raw(len(y)), kind="stable")
+    test = np.zeros(len(y), dtype=bool)
+    for c in range(10):
+        test[order[labels[order] == c][:54]] = True
+    return Dataset(name, x[~test], y[~test], x[test], y[test], tuple("0123456789"))
+
+
+def _mnist(name: str, root: Path, download: bool) -> Dataset:
+    arrays = [_idx(content) for content in _contents(name, root, download)]
+    x_train, x_test = (_pixels(images[:, None]) for images in arrays[::2])
+    y_train, y_test = (torch.from_numpy(labels.astype(np.int64)) for labels in arrays[1::2])
+    return Dataset(name, x_train, y_train, x_test, y_test, tuple("0123456789"))
+
+
+def _idx(content: bytes) -> np.ndarray:
+    """An idx file of bytes: two zeros, the type 8, the number of dimensions, the dimensions, the values."""
+    ndim = content[3]
+    shape = struct.unpack_from(f">{ndim}I", content, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _cifar(name: str, root: Path, download: bool) -> Dataset:
+    layout = CIFAR_LAYOUTS[name]
+    (archive,) = _contents(name, root, download)
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        members = {member: tar.extractfile(member).read() for member in (*layout.train, layout.test, layout.names)}
+
+    def split(*names: str) -> tuple[Tensor, Tensor]:
+        records = np.frombuffer(b"".join(members[n] for n in names), np.uint8).reshape(-1, layout.label_bytes + 3072)
+        labels = records[:, layout.label_bytes - 1].astype(np.int64)
+        return _pixels(records[:, layout.label_bytes :].reshape(-1, 3, 32, 32)), torch.from_numpy(labels)
+
+    return Dataset(name, *split(*layout.train), *split(layout.test), tuple(members[layout.names].decode().split()))
+
+
+def _contents(name: str, root: Path, download: bool) -> list[bytes]:
+    """The bytes of all files of a data set, fetched if they are missing, each with the MD5 it should have."""
+    contents = []
+    for file in FILES[name]:
+        path = root / file.path
+        if not path.is_file():
+            _fetch(name, file, root, download)
+        content = path.read_bytes()
+        if _md5(content) != file.md5:
+            raise InputError(
+                f"{path} of data set {name!r} is half-written or damaged (its MD5 is not {file.md5}): delete it and it "
+                "is downloaded again"
+            )
+        contents.append(content)
+    return contents
+
+
+def _fetch(name: str, file: RemoteFile, root: Path, download: bool) -> None:
+    reason = "download is off"
+    for url in file.urls if download else ():
+        try:
+            return _download(url, root / file.path, file.md5)
+        except (OSError, RuntimeError, http.client.HTTPException, EOFError, zlib.error) as error:
+            reason = f"{url}: {error}"
+    folder = (root / file.path).parent
+    missing = " and ".join(Path(f.path).name for f in FILES[name] if not (root / f.path).is_file())
+    raise InputError(
+        f"data set {name!r} is not in {folder} ({reason}): put {missing} there, set RB_NOISY_DATA to a folder that has "
+        f"{file.path}, or use npz:FILE or the built-in digits"
+    )
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    """Download to a temporary name, unpack a lone .gz, and take `path` only with the right MD5."""
+    from torchvision.datasets.utils import download_url
+
+    with atomic_path(path) as temporary:
+        download_url(url, temporary.parent, temporary.name)
+        content = temporary.read_bytes()
+        if url.endswith(".gz") and path.suffix != ".gz":
+            content = gzip.decompress(content)
+            temporary.write_bytes(content)
+        if _md5(content) != md5:
+            raise RuntimeError("the download arrived damaged")
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _npz(name: str, path: Path) -> Dataset:
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    with open_npz(path) as file:
+        if missing := [key for key in keys if key not in file]:
+            raise InputError(f"{path} has no array {missing[0]!r}: it holds {file.files}, and needs {list(keys)}")
+        # A zip member that is no array comes back as bytes.
+        arrays = {key: np.asarray(file[key]) for key in (*keys, "class_names") if key in file}
+    x = {split: _npz_images(f"x_{split} of {path}", arrays[f"x_{split}"]) for split in ("train", "test")}
+    y = {split: _npz_labels(f"y_{split} of {path}", arrays[f"y_{split}"]) for split in ("train", "test")}
+    for split in ("train", "test"):
+        if len(x[split]) != len(y[split]):
+            raise InputError(f"{path} has {len(x[split])} images in x_{split} but {len(y[split])} labels in y_{split}")
+    shapes = [list(x[split].shape[1:]) for split in ("train", "test")]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{path} has train images of (C, H, W) {shapes[0]} but test images of {shapes[1]}: one size")
+    names = arrays.get("class_names")
+    if names is None:
+        names = np.arange(int(y["train"].max()) + 1)
+        if absent := set(names.tolist()) - set(y["train"].tolist()):
+            raise InputError(
+                f"y_train of {path} has no label {min(absent)}: number the classes 0..K-1 or add class_names"
+            )
+    largest = max(int(labels.max()) for labels in y.values())
+    if names.ndim != 1 or largest >= len(names):
+        raise InputError(f"{path} has label {largest} but class_names of shape {names.shape}: give one name per class")
+    class_names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+    return Dataset(name, x["train"], y["train"], x["test"], y["test"], class_names)
+
+
+def _npz_labels(what: str, y: np.ndarray) -> Tensor:
+    if y.dtype.kind not in "iu" or (y.ndim != 1 and y.shape[1:] != (1,)):
+        raise InputError(f"{what} has shape {y.shape} and dtype {y.dtype}: labels are integers of shape (N,) or (N, 1)")
+    if y.size and not 0 <= y.min() <= y.max() < 2**20:
+        raise InputError(f"{what} ranges over {y.min()}..{y.max()}: labels are classes 0..K-1")
+    return torch.from_numpy(y.reshape(-1).astype(np.int64))
+
+
+def _npz_images(what: str, x: np.ndarray) -> Tensor:
+    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] > 4) or x.size == 0:
+        raise InputError(f"{what} has shape {x.shape}: give (N, H, W) or (N, H, W, C) with C up to 4")
+    # Channels first before the copy to float, so that the result is contiguous.
+    x = np.ascontiguousarray((x[..., None] if x.ndim == 3 else x).transpose(0, 3, 1, 2))
+    if x.dtype == np.uint8:
+        return _pixels(x)
+    if x.dtype.kind != "f":
+        raise InputError(f"{what} has dtype {x.dtype}: give uint8 0..255 or float in [0, 1]")
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise InputError(f"{what} ranges over {x.min()}..{x.max()}: scale floats to [0, 1] or give uint8 0..255")
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def _imagefolder(name: str, folder: Path) -> Dataset:
+    train, test = (_class_folders(folder / split) for split in ("train", "test"))
+    if odd := {c.name for c in train} ^ {c.name for c in test}:
+        raise InputError(f"train and test of {folder} need the same class folders: only one has {sorted(odd)}")
+    files = {split: [_image_files(c) for c in folders] for split, folders in (("train", train), ("test", test))}
+    images: list[np.ndarray] = []
+    paths = [file for split in files.values() for of_class in split for file in of_class]
+    for path in paths:
+        images.append(_read_image(path))
+        if images[-1].shape[:2] != images[0].shape[:2]:
+            (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
+            raise InputError(f"{path} is {width}x{height} but {paths[0]} is {w}x{h}: resize all images to one size")
+    channels = max(image.shape[2] for image in images)
+    x = _pixels(np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2))
+    y_train, y_test = (torch.tensor([c for c, of_class in enumerate(s) for _ in of_class]) for s in files.values())
+    n = len(y_train)
+    return Dataset(name, x[:n].contiguous(), y_train, x[n:].contiguous(), y_test, tuple(c.name for c in train))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}: an imagefolder has train/<class>/ and test/<class>/")
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise InputError(f"{folder} has no class folders: put the images of each class into a folder of its own")
+    return folders
+
+
+def _image_files(folder: Path) -> list[Path]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
+    if not files:
+        raise InputError(f"class folder {folder} has no image: add some ({', '.join(IMG_EXTENSIONS)}) or remove it")
+    return files
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """(H, W, 1) uint8 for a greyscale image, else (H, W, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"image {file} has more than 8 bits per channel (mode {image.mode}): convert it")
+            return np.asarray(image)[..., None] if image.mode == "L" else np.asarray(image.convert("RGB"))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {file} is damaged or in no known format ({error}): replace or remove it") from error
+
+
+_NAMED = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar, "cifar100": _cifar}
+_FROM_PATH = {"npz": _npz, "imagefolder": _imagefolder}

@@ -1,0 +1,212 @@
+"""The typed, serialisable description of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
+from rb_noisy.targets import TARGETS, Targets, make_targets
+
+SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
+PRECISIONS = ("no", "bf16")
+
+_CIFAR = {  # [SGLR §4]
+    "backbone": "preact_resnet18",
+    "eps": 8 / 255,
+    "alpha": 2 / 255,
+    "steps": 10,
+    "epochs": 200,
+    "lr": 0.1,
+    "augment": True,
+    "normalize": True,
+}
+# What a recipe means when only its data set is named.
+DATA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "mnist": {  # [NL App. C.1] but for epochs and steps, which are for two CPU cores
+        "backbone": "small_cnn",
+        "eps": 0.3,
+        "alpha": 0.06,
+        "steps": 10,
+        "epochs": 10,
+        "lr": 0.01,
+        "augment": False,
+        "normalize": False,
+    },
+    "digits": {  # ours
+        "backbone": "preact_resnet8_narrow",
+        "eps": 0.2,
+        "alpha": 0.05,
+        "steps": 10,
+        "epochs": 60,
+        "lr": 0.1,
+        "augment": False,
+        "normalize": False,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run. Fields left None take the data set's default (`DATA_DEFAULTS`).
+
+    Attributes:
+        data: a name for `rb_noisy.data.load_data`.
+        noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`.
+        backbone, backbone_options: a timm name (ours or any) and its own options.
+        method: objective, or objective+targets: "st", "pgd-at", "trades", each also with "+ls", "+sglr",
+            "+sglr-released".
+        objective_options, target_options: e.g. {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}.
+        eps, alpha: radius and step of the training attack, in units of the image range [0, 1].
+        steps, norm: its number of steps, and "Linf" or "L2".
+        attack_mode: BatchNorm during the attack, "eval" ([NL]'s lineage, SGLR's code) or "train" (Rice et al.).
+        epochs, batch_size: the length of the run; samples per process and step.
+        lr, momentum, weight_decay: SGD.
+        schedule: "multistep" (÷10 at `milestones`, in epochs; default half and three quarters of the run),
+            "onecycle" (linear up over the first 30%, linear down), "cosine" or "constant".
+        eps_warmup: share of the run over which ε and α grow linearly to their full size, 0 for none.
+        augment: random crop with 4 pixels of padding and horizontal flip.
+        normalize: standardise by the training set's statistics, inside the network.
+        precision: "no" (fp32) or "bf16".
+        validation: training images held out (with their given, maybe wrong labels) to choose *best* on; 0 chooses on
+            the test set, as both papers do.
+        track: samples of each kind (correct, incorrect, test) measured after each epoch; 0 for all.
+        track_steps: steps of the PGD that measures them (step size α).
+        seed: initial weights, order of samples, augmentation and random starts.
+    """
+
+    data: str
+    noise: str = "none"
+    noise_rate: float | None = None
+    noise_seed: int = 0
+    noise_options: dict[str, Any] = field(default_factory=dict)
+    backbone: str | None = None
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    method: str = "pgd-at"
+    objective_options: dict[str, float] = field(default_factory=dict)
+    target_options: dict[str, float] = field(default_factory=dict)
+    eps: float | None = None
+    alpha: float | None = None
+    steps: int | None = None
+    norm: str = "Linf"
+    attack_mode: str = "eval"
+    epochs: int | None = None
+    batch_size: int = 128
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] | None = None
+    eps_warmup: float = 0.0
+    augment: bool | None = None
+    normalize: bool | None = None
+    precision: str = "no"
+    validation: int = 0
+    track: int = 1000
+    track_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in DATA_DEFAULTS.get(self.data, _CIFAR).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.milestones is None:
+            object.__setattr__(self, "milestones", (self.epochs // 2, self.epochs * 3 // 4))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.targets_name == "sglr-released" and "start_epoch" not in self.target_options:
+            # The released code starts at epoch 90 of 200: the same share of a run of any length.
+            start = {"start_epoch": self.epochs * 90 // 200}
+            object.__setattr__(self, "target_options", self.target_options | start)
+        self._check()
+
+    def _check(self) -> None:
+        positive = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size}
+        at_least_zero = {
+            name: getattr(self, name)
+            for name in ("eps", "alpha", "steps", "momentum", "weight_decay", "validation", "track", "track_steps")
+        }
+        for name, value in (positive | at_least_zero).items():
+            if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
+                bound = "above 0" if name in positive else "of at least 0"
+                raise InputError(f"recipe: {name} is {value}; give a number {bound}")
+        for name in ("epochs", "batch_size", "steps", "validation", "track", "track_steps", "seed", "noise_seed"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise InputError(f"recipe: {name} is {getattr(self, name)}; give a whole number")
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("norm", ("Linf", "L2")),
+            ("attack_mode", ("eval", "train")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name(f"{name} in the recipe", str(getattr(self, name)), known)
+        if not 0 <= self.eps_warmup <= 1:
+            raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
+        self.make_objective()
+        self.make_targets()
+
+    @property
+    def objective_name(self) -> str:
+        return self.method.partition("+")[0]
+
+    @property
+    def targets_name(self) -> str:
+        return self.method.partition("+")[2] or "hard"
+
+    def make_objective(self) -> Objective:
+        if self.objective_name not in OBJECTIVES:
+            raise unknown_name("method", self.method, METHODS)
+        return make_objective(self.objective_name, **self.objective_options)
+
+    def make_targets(self) -> Targets:
+        if self.targets_name not in TARGETS:
+            raise unknown_name("method", self.method, METHODS)
+        return make_targets(self.targets_name, **self.target_options)
+
+    def learning_rate(self, progress: float) -> float:
+        """The learning rate at `progress` epochs (a fraction within an epoch) into the run."""
+        share = progress / self.epochs
+        if self.schedule == "multistep":
+            return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+        if self.schedule == "onecycle":
+            return self.lr * (share / 0.3 if share < 0.3 else (1 - share) / 0.7)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * share))
+        return self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that `to_dict` described.
+
+        Raises:
+            InputError: a field is unknown or missing.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise unknown_name("recipe field", name, known)
+        if "data" not in values:
+            raise InputError("the recipe names no data set; give the field data")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the recipe") -> Recipe:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source} is not valid JSON ({error}); mend it or write it again") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
+        return cls.from_dict(values)
+
+
+METHODS = tuple(o if t == "hard" else f"{o}+{t}" for o in OBJECTIVES for t in TARGETS)

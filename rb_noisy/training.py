@@ -1,0 +1,473 @@
+"""The loop that carries out a recipe, and the run folder it leaves.
+
+A run folder holds `run.json` (the recipe and the shape of the data), `metrics.jsonl` (one line per epoch),
+`best.safetensors` and `final.safetensors` (weights) and `state.safetensors` (what `resume` continues from, after every
+epoch). Each file is whole or absent. Random numbers are drawn from (seed, epoch, process), so that a resumed epoch
+draws what the uninterrupted one would have drawn.
+
+Which passes move the BatchNorm statistics: the training pass on x̃, then the one on x where the method has one (so
+that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rb_noisy.attacks import pgd
+from rb_noisy.data import Dataset, augment, load_data
+from rb_noisy.errors import InputError
+from rb_noisy.files import atomic_path, write_json
+from rb_noisy.noise import NoisyLabels, corrupt
+from rb_noisy.recipes import Recipe
+from rb_noisy.targets import SampleRecord, SelfGuided, refine
+
+CHECKPOINTS = ("best", "final")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number. The message names the epoch, the batch and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+        recipe: what was asked for.
+        model_options: what `rb_noisy.backbones.build_backbone` takes to build the network again.
+        class_names: names of the K classes.
+        metrics: one dict per finished epoch.
+    """
+
+    path: Path
+    recipe: Recipe
+    model_options: dict[str, Any]
+    class_names: tuple[str, ...]
+    metrics: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            InputError: no run there, or its files are damaged.
+        """
+        path = Path(path)
+        description = path / "run.json"
+        if not description.is_file():
+            raise InputError(f"{path} is no run folder: it has no run.json; name the folder that `train` wrote")
+        try:
+            values = json.loads(description.read_text(encoding="utf-8"))
+            recipe = Recipe.from_dict(values["recipe"])
+            model_options, class_names = values["model_options"], tuple(values["class_names"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(f"{description} is damaged ({error!r}); train again into another folder") from error
+        return cls(path, recipe, model_options, class_names, tuple(_read_metrics(path)))
+
+    @property
+    def finished(self) -> bool:
+        return len(self.metrics) == self.recipe.epochs and (self.path / "final.safetensors").is_file()
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the highest robust accuracy on the selection set, counted from 0 (the first on a tie)."""
+        scores = [line["selection_pgd_acc"] for line in self.metrics]
+        return int(np.argmax(scores)) if scores else None
+
+    def load(self, checkpoint: str = "final") -> nn.Module:
+        """The network with the *best* or *final* weights, in eval mode.
+
+        Raises:
+            InputError: that checkpoint is not there, or is damaged.
+        """
+        from rb_noisy.backbones import build_backbone
+
+        if checkpoint not in CHECKPOINTS:
+            raise InputError(f"checkpoint is {checkpoint!r}; give 'best' or 'final'")
+        file = self.path / f"{checkpoint}.safetensors"
+        if not file.is_file():
+            raise InputError(f"{self.path} has no {checkpoint} weights yet; continue it with --resume")
+        model = build_backbone(**self.model_options)
+        load_weights(model, file)
+        return model.eval()
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a network, all of it or none.
+
+    Raises:
+        InputError: the file is damaged, or its tensors are not the network's.
+    """
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}); get it again") from error
+    expected = model.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in state if state[k].shape != expected[k].shape]
+    if wrong:
+        raise InputError(f"{file} does not fit the network: {len(wrong)} tensors differ, the first is {wrong[0]!r}")
+    model.load_state_dict(state)
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Save a network's state as safetensors, whole or not at all."""
+    _save_tensors(model.state_dict(), file, {})
+
+
+def train(
+    recipe: Recipe,
+    run_dir: str | Path,
+    resume: bool = False,
+    *,
+    data_root: str | Path | None = None,
+    on_batch: Callable[[int, int, int], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Carry out a recipe and leave a run folder.
+
+    Device, bf16 and several processes come from Accelerate: start with `accelerate launch` for more than one. On a CPU
+    the same recipe gives the same weights bit by bit, also when it was killed and resumed in between.
+
+    Args:
+        run_dir: the folder to write; must not hold a run unless `resume`.
+        resume: continue from the last finished epoch of the run there (or start, if there is none).
+        data_root: where data sets are kept, see `rb_noisy.data.load_data`.
+        on_batch: called with (epoch, batches done, batches in the epoch).
+        on_epoch: called with the metrics of each finished epoch.
+
+    Raises:
+        InputError: the folder holds another run, or the recipe cannot be carried out.
+        TrainingDiverged: the loss became NaN or infinite.
+    """
+    return _Trainer(recipe, Path(run_dir), resume, data_root).run(on_batch, on_epoch)
+
+
+class _Trainer:
+    def __init__(self, recipe: Recipe, path: Path, resume: bool, data_root: str | Path | None):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        from rb_noisy.backbones import build_backbone
+
+        self.recipe, self.path = recipe, path
+        # Two forward passes before one backward pass: the buffers must not be broadcast in between.
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=handlers)
+        self.device = self.accelerator.device
+        self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
+
+        data = load_data(recipe.data, data_root)
+        self.labels = noisy_labels(recipe, data)
+        self.x, self.y = data.x_train.to(self.device), self.labels.given.to(self.device)
+        self.train_index, self.selection = self._split(data)
+        self.tracked = self._tracked(data)
+
+        torch.manual_seed(_seed(recipe.seed, 0))
+        statistics = _statistics(data.x_train) if recipe.normalize else {}
+        self.model_options = {
+            "name": recipe.backbone,
+            "num_classes": data.num_classes,
+            "in_chans": data.in_chans,
+            **statistics,
+            **recipe.backbone_options,
+        }
+        self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
+        self.class_names = data.class_names
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.record = SampleRecord(self.y, data.num_classes)
+        self.first_epoch, self.best = self._begin(resume)
+
+    def run(
+        self,
+        on_batch: Callable[[int, int, int], None] | None,
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+    ) -> Run:
+        for epoch in range(self.first_epoch, self.recipe.epochs):
+            started = time.perf_counter()
+            trained = self._train_epoch(epoch, on_batch)
+            if self.accelerator.is_main_process:
+                metrics = {"epoch": epoch, **trained, **self._measure(epoch)}
+                metrics["seconds"] = round(time.perf_counter() - started, 3)
+                self._save(epoch, metrics)
+                if on_epoch is not None:
+                    on_epoch(metrics)
+            self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not (self.path / "final.safetensors").is_file():
+            save_weights(self.model, self.path / "final.safetensors")
+        self.accelerator.wait_for_everyone()
+        return Run.open(self.path)
+
+    def _train_epoch(self, epoch: int, on_batch: Callable[[int, int, int], None] | None) -> dict[str, float]:
+        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
+        torch.manual_seed(_seed(recipe.seed, 2, epoch, rank))  # dropout
+        draws = torch.Generator().manual_seed(_seed(recipe.seed, 3, epoch, rank))  # crops, flips, random starts
+        shared = torch.Generator().manual_seed(_seed(recipe.seed, 4, epoch))  # the same order on every process
+        order = self.train_index[torch.randperm(len(self.train_index), generator=shared)]
+        order = order[: len(order) // world * world]
+        batches = [batch for batch in order[rank::world].split(recipe.batch_size) if len(batch) > 1]
+        if not batches:
+            raise InputError(f"{len(self.train_index)} training samples are too few for {world} processes")
+        # A GPU is asked for its losses only now and then: every question waits for it.
+        check_every = 1 if self.device.type == "cpu" else 50
+        losses, norms = [], []
+        for step, batch in enumerate(batches):
+            progress = epoch + step / len(batches)
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(progress)
+            loss, norm = self._train_step(batch.to(self.device), epoch, progress, draws)
+            losses.append(loss)
+            norms.append(norm)
+            if (step + 1) % check_every == 0 or step + 1 == len(batches):
+                self._stop_if_diverged(losses, epoch)
+            if on_batch is not None:
+                on_batch(epoch, step + 1, len(batches))
+        return {
+            "learning_rate": recipe.learning_rate(epoch),
+            "train_loss": torch.stack(losses).mean().item(),
+            "gradient_norm": torch.stack(norms).mean().item(),
+        }
+
+    def _train_step(self, index: Tensor, epoch: int, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One optimiser step on the samples `index`; the loss and the gradient norm, both on the device."""
+        recipe, objective = self.recipe, self.objective
+        x, y = self.x[index], self.y[index]
+        if recipe.augment:
+            x = augment(x, generator=draws)
+        x = x.contiguous(memory_format=torch.channels_last)
+        adversarial = natural = None
+        self.wrapped.train()
+        if objective.attack_loss is not None:
+            grown = min(1.0, progress / (recipe.eps_warmup * recipe.epochs)) if recipe.eps_warmup else 1.0
+            attack = pgd(
+                self.model,
+                x,
+                y,
+                eps=recipe.eps * grown,
+                alpha=recipe.alpha * grown,
+                steps=recipe.steps,
+                norm=recipe.norm,
+                loss=objective.attack_loss,
+                random_start=objective.random_start,
+                generator=draws,
+                mode=recipe.attack_mode,
+            )
+            adversarial = self.wrapped(attack.x_adv)
+            self.record.kappa[self._gather(index)] = self._gather(attack.kappa)
+        if objective.uses_natural:
+            natural = self.wrapped(x)
+        elif isinstance(self.targets, SelfGuided) and epoch >= self.targets.start_epoch:
+            with torch.no_grad():
+                natural = self.wrapped(x)
+        target = refine(self.targets, self.record, index, y, natural, adversarial, epoch, self._gather)
+        loss = objective(natural, adversarial, target)
+        logits = adversarial if natural is None else natural
+        with torch.no_grad():
+            per_sample = F.cross_entropy(logits.float(), y, reduction="none")
+            self.record.loss[self._gather(index)] = self._gather(per_sample)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        self.optimizer.step()
+        return loss.detach(), norm
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.gather(tensor) if self.accelerator.num_processes > 1 else tensor
+
+    def _stop_if_diverged(self, losses: list[Tensor], epoch: int) -> None:
+        finite = torch.isfinite(torch.stack(losses))
+        if not finite.all():
+            batch = int(finite.long().argmin())
+            last = self.path / "state.safetensors"
+            good = f"the last good checkpoint is {last} (epoch {epoch - 1})" if epoch else "no epoch had finished"
+            raise TrainingDiverged(
+                f"the loss is {losses[batch].item()} in epoch {epoch}, batch {batch}; {good}; "
+                "lower the learning rate (lr) or raise eps_warmup"
+            )
+
+    @torch.no_grad()
+    def _measure(self, epoch: int) -> dict[str, Any]:
+        """Natural and PGD accuracy, mean loss and mean κ of each tracked set, all in eval mode."""
+        recipe, metrics = self.recipe, {}
+        for name, (x, y) in self.tracked.items():
+            if not len(x):  # no sample is wrong without noise
+                metrics |= dict.fromkeys(f"{name}_{m}" for m in ("natural_acc", "pgd_acc", "loss", "kappa"))
+                continue
+            sums = torch.zeros(4, dtype=torch.float64)
+            starts = torch.Generator().manual_seed(_seed(recipe.seed, 5, epoch))
+            for xb, yb in zip(x.split(500), y.split(500), strict=True):
+                xb, yb = xb.to(self.device), yb.to(self.device)
+                attack = pgd(
+                    self.model,
+                    xb,
+                    yb,
+                    eps=recipe.eps,
+                    alpha=recipe.alpha,
+                    steps=recipe.track_steps,
+                    norm=recipe.norm,
+                    generator=starts,
+                    evaluate_final=True,
+                )
+                self.model.eval()
+                logits = self.model(xb).float()
+                sums[0] += (logits.argmax(1) == yb).sum().item()
+                sums[1] += attack.final_correct.sum().item()
+                sums[2] += F.cross_entropy(logits, yb, reduction="sum").item()
+                sums[3] += attack.kappa.sum().item()
+            values = (sums / len(x)).tolist()
+            metrics |= {
+                f"{name}_{m}": v for m, v in zip(("natural_acc", "pgd_acc", "loss", "kappa"), values, strict=True)
+            }
+        metrics["selection_pgd_acc"] = metrics[f"{self.selection}_pgd_acc"]
+        return metrics
+
+    def _split(self, data: Dataset) -> tuple[Tensor, str]:
+        count = len(data.x_train)
+        if not self.recipe.validation:
+            return torch.arange(count), "test"
+        if self.recipe.validation >= count:
+            raise InputError(f"validation is {self.recipe.validation} but there are {count} training images")
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(_seed(self.recipe.seed, 1)))
+        self.held_out = shuffled[: self.recipe.validation]
+        return shuffled[self.recipe.validation :].sort().values, "validation"
+
+    def _tracked(self, data: Dataset) -> dict[str, tuple[Tensor, Tensor]]:
+        """A fixed sample of each kind, the same in every epoch and every run of this seed."""
+        labels, given = self.labels, self.labels.given
+        wrong = labels.is_wrong[self.train_index]
+        sets = {}
+        for name, index in (
+            ("train_correct", self.train_index[~wrong]),
+            ("train_incorrect", self.train_index[wrong]),
+        ):
+            index = self._some(index)
+            sets[name] = (data.x_train[index], given[index])
+        if self.selection == "validation":
+            sets["validation"] = (data.x_train[self.held_out], given[self.held_out])
+        index = self._some(torch.arange(len(data.x_test)))
+        sets["test"] = (data.x_test[index], data.y_test[index])
+        return sets
+
+    def _some(self, index: Tensor) -> Tensor:
+        if not self.recipe.track or len(index) <= self.recipe.track:
+            return index
+        generator = torch.Generator().manual_seed(_seed(self.recipe.seed, 6))
+        return index[torch.randperm(len(index), generator=generator)[: self.recipe.track].sort().values]
+
+    def _begin(self, resume: bool) -> tuple[int, float]:
+        """Write `run.json`, or take up the run that is there: the first epoch to do, and the best score so far."""
+        description = self.path / "run.json"
+        if not description.exists():
+            if self.accelerator.is_main_process:
+                write_json(
+                    description,
+                    {
+                        "recipe": self.recipe.to_dict(),
+                        "model_options": self.model_options,
+                        "class_names": self.class_names,
+                    },
+                )
+            self.accelerator.wait_for_everyone()
+            return 0, -math.inf
+        if not resume:
+            raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another folder")
+        found = Run.open(self.path).recipe.to_dict()
+        differing = [name for name, value in self.recipe.to_dict().items() if found.get(name) != value]
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
+                "resume with the recipe of its run.json, or name another folder"
+            )
+        state = self.path / "state.safetensors"
+        if not state.exists():
+            return 0, -math.inf
+        return self._restore(state)
+
+    def _save(self, epoch: int, metrics: dict[str, Any]) -> None:
+        if metrics["selection_pgd_acc"] > self.best:
+            self.best = metrics["selection_pgd_acc"]
+            save_weights(self.model, self.path / "best.safetensors")
+        # The state comes last: a kill before it repeats this epoch, and the metrics are cut back to it.
+        lines = [*_read_metrics(self.path)[:epoch], metrics]
+        with atomic_path(self.path / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"record.{k}": v for k, v in self.record.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            if state.get("momentum_buffer") is not None:
+                tensors[f"optimizer.{number}"] = state["momentum_buffer"]
+        _save_tensors(tensors, self.path / "state.safetensors", {"epoch": str(epoch), "best": repr(self.best)})
+
+    def _restore(self, file: Path) -> tuple[int, float]:
+        try:
+            tensors = load_file(file, device=str(self.device))
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged ({error}); delete it to start over, or restore a copy") from error
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = tensor
+        self.model.load_state_dict(groups["model"])
+        self.record.load_state_dict(groups["record"])
+        optimizer = self.optimizer.state_dict()
+        # A momentum buffer has the memory format of its parameter: the arithmetic depends on it.
+        parameters = list(self.model.parameters())
+        optimizer["state"] = {
+            int(number): {"momentum_buffer": torch.empty_like(parameters[int(number)]).copy_(buffer)}
+            for number, buffer in groups["optimizer"].items()
+        }
+        self.optimizer.load_state_dict(optimizer)
+        return int(metadata["epoch"]) + 1, float(metadata["best"])
+
+
+def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
+    """The training labels that a recipe trains on, for (N,) `data.y_train`."""
+    return corrupt(
+        data.y_train, recipe.noise, recipe.noise_rate, data.num_classes, recipe.noise_seed, **recipe.noise_options
+    )
+
+
+def _statistics(x: Tensor) -> dict[str, list[float]]:
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    return {"mean": mean.tolist(), "std": variance.sqrt().clamp_min(1e-3).tolist()}
+
+
+def _seed(*keys: int) -> int:
+    """An independent stream for each purpose, epoch and process, from the recipe's one seed."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    # safetensors refuses channels_last tensors, and tensors that share memory.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(file) as temporary:
+        save_file(plain, temporary, metadata)
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error

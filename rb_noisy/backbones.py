@@ -133,8 +133,7 @@ class SmallCNN(nn.Module):
     """The four-convolution, three-linear network of TRADES (Zhang et al. 2019) for 28x28 images.
 
     Convolutions start from Kaiming's normal distribution and the last linear layer at zero, as there. `img_size` must
-    be at least 16 (two unpadded pairs of 3x3
-    convolutions, each followed by a pooling).
+    be at least 16 (two unpadded pairs of 3x3 convolutions, each followed by a pooling).
     """
 
     def __init__(

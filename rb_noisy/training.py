@@ -159,6 +159,7 @@ def train(
 class _Trainer:
     def __init__(self, recipe: Recipe, path: Path, resume: bool, data_root: str | Path | None):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
 
         from rb_noisy.backbones import build_backbone
@@ -166,6 +167,8 @@ class _Trainer:
         self.recipe, self.path = recipe, path
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=handlers)
         self.device = self.accelerator.device
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()

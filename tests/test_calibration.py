@@ -159,6 +159,7 @@ def test_by_kappa_reports_the_whole_set_and_half_sized_subsets(report, inputs):
     assert by_kappa["right"] == whole.right.tolist()
     assert report["subset_size"] == 150
     assert sum(by_kappa["first_subset_right"]) + sum(by_kappa["first_subset_wrong"]) == 150
+    assert max(std for std in by_kappa["subset_accuracy_std"] if std is not None) > 0.01  # the subsets differ
     for k in range(7):
         if whole.count[k] > 20:
             assert by_kappa["subset_accuracy_mean"][k] == pytest.approx(whole.accuracy[k].item(), abs=0.2)

@@ -1,0 +1,320 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rb_noisy.data import load_data
+from rb_noisy.errors import InputError
+from rb_noisy.recipes import METHODS, Recipe
+from rb_noisy.training import Run, TrainingDiverged, _Trainer, noisy_labels, train
+
+MEASURED = ("natural_acc", "pgd_acc", "loss", "kappa")
+
+
+def weights(run, checkpoint="final"):
+    return load_file(run.path / f"{checkpoint}.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_objective_trains_with_every_target(method, tiny_recipe, tmp_path):
+    # A schedule that starts at epoch 90 of 200 must start within a short run too.
+    run = train(tiny_recipe(method=method, epochs=3), tmp_path / "run")
+    assert run.metrics[-1]["train_loss"] < run.metrics[0]["train_loss"]
+    assert run.finished
+
+
+def test_a_run_folder_holds_recipe_metrics_and_weights(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=3)
+    seen = []
+    run = train(recipe, tmp_path / "run", on_epoch=seen.append)
+    assert Recipe.from_dict(json.loads((run.path / "run.json").read_text())["recipe"]) == recipe
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == seen == list(run.metrics)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        for part in ("train_correct", "train_incorrect", "test"):
+            for measure in MEASURED:
+                assert line[f"{part}_{measure}"] >= 0, (part, measure)
+        assert line["gradient_norm"] > 0
+        assert line["seconds"] > 0
+    best = max(range(3), key=lambda e: lines[e]["test_pgd_acc"])
+    assert run.best_epoch == best
+    model = run.load("best")
+    assert not model.training
+    data = load_data(recipe.data)
+    assert model(data.x_test).shape == (60, 4)
+
+
+def test_tracked_accuracies_are_those_of_the_saved_model(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=2, track=0), tmp_path / "run")
+    data, model, last = load_data(run.recipe.data), run.load("final"), run.metrics[-1]
+    labels = noisy_labels(run.recipe, data)
+    with torch.no_grad():
+        hits = model(data.x_train).argmax(1) == labels.given
+        assert last["train_correct_natural_acc"] == pytest.approx(hits[~labels.is_wrong].double().mean().item())
+        assert last["train_incorrect_natural_acc"] == pytest.approx(hits[labels.is_wrong].double().mean().item())
+        test_hits = model(data.x_test).argmax(1) == data.y_test
+        assert last["test_natural_acc"] == pytest.approx(test_hits.double().mean().item())
+
+
+def test_kappa_and_loss_of_incorrect_labels_are_worse_after_training(tiny_recipe, tmp_path):
+    last = train(tiny_recipe(epochs=6, lr=0.1), tmp_path / "run").metrics[-1]
+    assert last["test_natural_acc"] > 0.8
+    assert last["train_incorrect_kappa"] < last["train_correct_kappa"]
+    assert last["train_incorrect_loss"] > last["train_correct_loss"]
+
+
+def test_same_seed_same_weights_and_another_seed_others(tiny_recipe, tmp_path):
+    options = {"method": "trades+sglr", "augment": True}
+    first, second = (train(tiny_recipe(**options), tmp_path / name) for name in ("a", "b"))
+    other = train(tiny_recipe(**options, seed=1), tmp_path / "c")
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("moment", ["in the middle of an epoch", "while the second epoch is being saved"])
+def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_recipe, tmp_path):
+    """Momentum, running label averages, random numbers and the best checkpoint must all survive."""
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=4, augment=True, validation=20, backbone_options={"drop_rate": 0.2})
+    whole = train(recipe, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    if moment == "in the middle of an epoch":
+        dying = "on_batch=lambda e, b, n: e == 2 and b == 2 and os.kill(os.getpid(), signal.SIGKILL)"
+        setup = ""
+    else:  # between writing the metrics and writing the state
+        dying = ""
+        setup = (
+            "import rb_noisy.training as t; real = t._save_tensors; calls = []\n"
+            "def save(tensors, file, metadata):\n"
+            "    calls.append(file.name) if file.name.startswith('state') else None\n"
+            "    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else real(tensors, file, metadata)\n"
+            "t._save_tensors = save\n"
+        )
+    program = (
+        f"import os, signal, torch; torch.set_num_threads(1)\n{setup}"
+        "from rb_noisy import Recipe, train\n"
+        f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
+        f"train(recipe, {str(tmp_path / 'run')!r}, {dying})"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "final.safetensors").exists()
+    resumed = train(recipe, tmp_path / "run", resume=True)
+    assert same(weights(whole), weights(resumed))
+    assert same(weights(whole, "best"), weights(resumed, "best"))
+    for a, b in zip(whole.metrics, resumed.metrics, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def test_the_command_resumes_after_a_real_sigkill(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=6)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    whole = train(recipe, tmp_path / "whole")
+    command = [sys.executable, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--recipe", str(tmp_path / "recipe.json")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run" / "state.safetensors").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert same(weights(whole), weights(Run.open(tmp_path / "run")))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(), tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in run.path.iterdir()}
+    train(tiny_recipe(), tmp_path / "run", resume=True)
+    assert before == {file.name: file.read_bytes() for file in run.path.iterdir()}
+
+
+def test_a_loss_that_is_no_number_names_epoch_batch_and_checkpoint(tiny_recipe, tmp_path):
+    trainer = _Trainer(tiny_recipe(epochs=3), tmp_path / "run", False, None)
+
+    def poison(epoch, batch, batches):
+        if (epoch, batch) == (1, 2):  # the third batch of the second epoch sees it
+            with torch.no_grad():
+                trainer.model.head.fc.weight.fill_(float("nan"))
+
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.run(poison, None)
+    for words in ("loss is nan", "epoch 1, batch 2", str(tmp_path / "run" / "state.safetensors"), "(epoch 0)"):
+        assert words in str(error.value)
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_which_passes_move_the_batchnorm_statistics(tiny_recipe, tmp_path):
+    """PGD-AT: the pass on x̃ alone. With SGLR: then the one on x. An attack in train mode: its own passes too."""
+
+    def passes(name, **fields):
+        trainer = _Trainer(tiny_recipe(**fields), tmp_path / name, False, None)
+        norm = next(m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
+        trainer._train_step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
+        return int(norm.num_batches_tracked)
+
+    assert passes("a", method="pgd-at") == 1
+    assert passes("b", method="pgd-at+sglr") == 2
+    assert passes("c", method="trades") == 2
+    assert passes("d", method="pgd-at", attack_mode="train") == 1 + 3
+    assert passes("e", method="st") == 1
+    assert passes("f", method="pgd-at+sglr-released", epochs=200) == 1, "no clean pass before the start epoch"
+
+
+def test_the_record_takes_kappa_and_loss_from_training_for_nothing(tiny_recipe, tmp_path):
+    trainer = _Trainer(tiny_recipe(epochs=1), tmp_path / "run", False, None)
+    forwards = []
+    trainer.model.register_forward_hook(lambda *_: forwards.append(1))
+    index = torch.arange(16)
+    trainer._train_step(index, 0, 0.0, torch.Generator().manual_seed(0))
+    assert len(forwards) == 3 + 1, "three attack steps and one training pass"
+    assert ((trainer.record.kappa[index] >= 0) & (trainer.record.kappa[index] <= 3)).all()
+    assert torch.isfinite(trainer.record.loss[index]).all()
+    assert (trainer.record.kappa[16:] == -1).all()
+
+
+def test_best_is_chosen_on_held_out_training_images_when_asked(tiny_recipe, tmp_path):
+    trainer = _Trainer(tiny_recipe(validation=30), tmp_path / "run", False, None)
+    assert not set(trainer.held_out.tolist()) & set(trainer.train_index.tolist())
+    assert len(trainer.train_index) == 130
+    run = trainer.run(None, None)
+    scores = [line["validation_pgd_acc"] for line in run.metrics]
+    assert [line["selection_pgd_acc"] for line in run.metrics] == scores
+    assert run.best_epoch == scores.index(max(scores))
+
+
+def test_without_noise_there_are_no_incorrect_samples_to_measure(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(noise="none", noise_rate=None, epochs=1), tmp_path / "run")
+    assert all(run.metrics[0][f"train_incorrect_{measure}"] is None for measure in MEASURED)
+
+
+def test_normalisation_is_learnt_from_the_training_set_and_saved_inside(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(normalize=True, epochs=1), tmp_path / "run")
+    x = load_data(run.recipe.data).x_train
+    state = weights(run)
+    assert state["normalize.mean"].item() == pytest.approx(x.mean().item(), abs=1e-6)
+    assert state["normalize.std"].item() == pytest.approx(x.std(correction=0).item(), abs=1e-6)
+
+
+def test_bf16_and_any_timm_network_train(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(
+        backbone="vit_tiny_patch16_224",
+        backbone_options={"img_size": 8, "patch_size": 4, "depth": 1},
+        precision="bf16",
+        epochs=1,
+    )
+    run = train(recipe, tmp_path / "run")
+    assert run.load()(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+
+
+def test_two_processes_train_one_model(tiny_recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny_recipe(method="pgd-at+sglr", batch_size=16).to_dict()))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rb_noisy"]
+    arguments = ["train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run.open(tmp_path / "run")
+    assert run.finished
+    assert len(run.metrics) == 2
+    record = load_file(run.path / "state.safetensors")
+    assert (record["record.kappa"] >= 0).all(), "each process must see the samples of both"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: (path / "state.safetensors").write_bytes(b"no"), "state.safetensors is damaged"),
+        (lambda path: (path / "run.json").write_text("{"), "run.json is damaged"),
+        (lambda path: (path / "metrics.jsonl").write_text("{"), "metrics.jsonl is damaged"),
+    ],
+)
+def test_damaged_run_files_are_named(damage, words, tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=1), tmp_path / "run")
+    damage(run.path)
+    with pytest.raises(InputError) as error:
+        train(tiny_recipe(epochs=1), run.path, resume=True)
+    assert words in str(error.value)
+
+
+def test_another_run_is_never_overwritten(tiny_recipe, tmp_path):
+    train(tiny_recipe(epochs=1), tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run"):
+        train(tiny_recipe(epochs=1), tmp_path / "run")
+    with pytest.raises(InputError, match="another recipe \\(lr differ\\)"):
+        train(tiny_recipe(epochs=1, lr=0.2), tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="no run folder"):
+        Run.open(tmp_path / "nothing")
+
+
+def test_recipes_survive_json_and_fill_in_their_data_sets_defaults():
+    recipe = Recipe(data="mnist", method="trades+ls", noise="pair", noise_rate=0.3)
+    assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
+    assert (recipe.backbone, recipe.eps) == ("small_cnn", 0.3)
+    cifar = Recipe(data="cifar10")
+    assert (cifar.eps, cifar.alpha, cifar.steps, cifar.epochs, cifar.milestones) == (
+        8 / 255,
+        2 / 255,
+        10,
+        200,
+        (100, 150),
+    )
+
+
+def test_schedules_follow_their_definition():
+    steps = Recipe(data="cifar10")
+    assert [steps.learning_rate(e) for e in (0, 99.9, 100, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    cycle = Recipe(data="cifar10", schedule="onecycle", epochs=10)
+    assert [cycle.learning_rate(e) for e in (0, 1.5, 3, 10)] == pytest.approx([0, 0.05, 0.1, 0])
+    cosine = Recipe(data="cifar10", schedule="cosine", epochs=10)
+    assert [cosine.learning_rate(e) for e in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "pgd-at+sgrl"}, "did you mean pgd-at+sglr"),
+        ({"method": "trade"}, "did you mean trades"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 1.5}, "epochs is 1.5"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"eps": -1}, "eps is -1"),
+        ({"schedule": "onecycl"}, "did you mean onecycle"),
+        ({"eps_warmup": 2}, "eps_warmup is 2"),
+        ({"target_options": {"q": 1}}, "does not take"),
+    ],
+)
+def test_bad_recipes_are_named(fields, words):
+    with pytest.raises(InputError) as error:
+        Recipe(data="digits", **fields)
+    assert words in str(error.value)
+
+
+def test_unknown_recipe_fields_are_named():
+    with pytest.raises(InputError, match="unknown recipe field 'epoch'; did you mean epochs"):
+        Recipe.from_dict({"data": "digits", "epoch": 3})

@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from rb_noisy.recipes import Recipe
+
+# A shared or slow machine is no reason for a property to fail.
+settings.register_profile("any_speed", deadline=None)
+settings.load_profile("any_speed")
 
 
 @pytest.fixture(autouse=True)

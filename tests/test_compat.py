@@ -213,7 +213,6 @@ try:
 except ModuleNotFoundError:
     assert "robustbench.model_zoo.enums" in sys.modules  # left behind by the failed import
     from rb_noisy import compat
-from rb_noisy.data import load_data
     compat.install()
     import robustbench, robustbench.loaders
     assert "pkg_resources" not in sys.modules

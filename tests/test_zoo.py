@@ -1,0 +1,198 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rb_noisy
+from model_zoo import registry
+from rb_noisy.errors import InputError
+from rb_noisy.training import train
+
+
+@pytest.fixture
+def run(tiny_recipe, tmp_path):
+    return train(tiny_recipe(epochs=1, method="pgd-at+ls"), tmp_path / "run")
+
+
+@pytest.fixture
+def zoo(run, tmp_path):
+    registry.publish(run.path, "tiny", zoo=tmp_path / "zoo", authors="someone")
+    return tmp_path / "zoo"
+
+
+def card_file(zoo):
+    return next(zoo.glob("model_info/*/*/tiny.json"))
+
+
+def weights_file(zoo):
+    return next(zoo.glob("weights/*.safetensors"))
+
+
+def test_a_published_run_is_loaded_by_name_with_the_same_outputs(run, zoo):
+    model = rb_noisy.load_model("tiny", zoo=zoo)
+    x = torch.rand(3, 1, 8, 8)
+    assert not model.training
+    assert torch.equal(model(x), run.load("final")(x))
+
+
+def test_a_card_has_robustbenchs_fields_first_and_all_that_makes_the_model_again(run, zoo):
+    card = json.loads(card_file(zoo).read_text())
+    robustbench = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc"
+    robustbench += " reported autoattack_acc unreliable"
+    assert list(card)[:13] == robustbench.split()
+    assert card_file(zoo).relative_to(zoo).parts[:3] == ("model_info", "quadrants", "Linf")
+    assert rb_noisy.Recipe.from_dict(card["recipe"]) == run.recipe
+    assert card["noise"] == {"kind": "symmetric", "rate": 0.3, "seed": 0}
+    assert (card["checkpoint"], card["authors"], card["eps"]) == ("final", "someone", "0.1")
+    assert card["training"]["final"]["test_pgd_acc"] == run.metrics[-1]["test_pgd_acc"]
+
+
+def test_models_are_listed_by_data_set_noise_and_method(run, zoo):
+    def names(**filters):
+        return rb_noisy.list_models(zoo=zoo, **filters)
+
+    assert names() == ["tiny"]
+    assert names(dataset="quadrants", noise="symmetric", method="pgd-at+ls") == ["tiny"]
+    assert names(dataset="digits") == names(noise="none") == names(method="trades") == []
+
+
+def test_an_unknown_name_offers_the_nearest(zoo):
+    with pytest.raises(InputError, match="unknown model 'tinny'; did you mean tiny"):
+        rb_noisy.load_model("tinny", zoo=zoo)
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda zoo: weights_file(zoo).unlink(), "are missing"),
+        (lambda zoo: weights_file(zoo).write_bytes(weights_file(zoo).read_bytes()[:-9]), "truncated or altered"),
+        (lambda zoo: flip_a_byte(weights_file(zoo)), "altered"),
+        (lambda zoo: card_file(zoo).write_text("{"), "is damaged"),
+        (lambda zoo: card_file(zoo).write_text("[]"), "is damaged"),
+        (lambda zoo: card_file(zoo).write_text("{}"), "lacks dataset"),
+    ],
+)
+def test_damaged_zoos_are_named_and_no_half_model_is_loaded(damage, words, zoo):
+    damage(zoo)
+    with pytest.raises(InputError) as error:
+        rb_noisy.load_model("tiny", zoo=zoo)
+    assert words in str(error.value)
+
+
+def test_a_card_cannot_point_out_of_its_zoo(zoo):
+    card = json.loads(card_file(zoo).read_text())
+    for file in ("../../secret.safetensors", "model.pt"):
+        card["weights"]["file"] = file
+        card_file(zoo).write_text(json.dumps(card))
+        with pytest.raises(InputError, match=r"want a plain \.safetensors"):
+            rb_noisy.load_model("tiny", zoo=zoo)
+
+
+def test_publishing_never_replaces_unasked_and_never_takes_an_unfinished_run(run, zoo, tiny_recipe, tmp_path):
+    with pytest.raises(InputError, match="already"):
+        registry.publish(run.path, "tiny", zoo=zoo)
+    with pytest.raises(InputError, match="cannot be a model's name"):
+        registry.publish(run.path, "Tiny-2", zoo=zoo)
+    other = train(tiny_recipe(epochs=1, seed=5), tmp_path / "other")
+    old = weights_file(zoo)
+    registry.publish(other.path, "tiny", zoo=zoo, overwrite=True)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(rb_noisy.load_model("tiny", zoo=zoo)(x), other.load()(x))
+    assert not old.exists()
+    (other.path / "final.safetensors").unlink()
+    with pytest.raises(InputError, match="continue it with --resume"):
+        registry.publish(other.path, "fresh", zoo=zoo)
+
+
+def figures(card, n, accuracy):
+    rate = {"accuracy": accuracy, "interval": [0, 1]}
+    return {"n": n, "weights_sha256": card["weights"]["sha256"], "natural": rate, **rate}
+
+
+def test_figures_enter_the_card_and_fewer_samples_never_replace_more(zoo):
+    card = registry.read_card("tiny", zoo)
+    assert registry.write_result("tiny", "autoattack", figures(card, 60, 0.25), zoo)
+    assert not registry.write_result("tiny", "autoattack", figures(card, 10, 0.5), zoo)
+    card = registry.read_card("tiny", zoo)
+    assert card["results"]["autoattack"]["n"] == 60
+    assert (card["clean_acc"], card["autoattack_acc"]) == ("25.00", "25.00")
+
+
+def test_figures_measured_on_a_run_folder_are_published_with_it(run, tmp_path):
+    registry.publish(run.path, "first", zoo=tmp_path / "zoo")
+    card = registry.read_card("first", tmp_path / "zoo")
+    assert registry.write_result(run.path, "autoattack", figures(card, 60, 0.25))
+    stale = figures(card, 60, 0.9) | {"weights_sha256": "another checkpoint"}
+    assert registry.write_result(run.path, "pgd-20", stale)
+    registry.publish(run.path, "second", zoo=tmp_path / "zoo")
+    assert list(registry.read_card("second", tmp_path / "zoo")["results"]) == ["autoattack"]
+
+
+def test_a_zoo_on_the_hub_is_a_zoo(zoo, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(zoo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert rb_noisy.list_models(zoo="hf://someone/zoo") == ["tiny"]
+    assert asked[0][0] == "someone/zoo"
+    assert not any("*.pt" in pattern or "*.bin" in pattern for pattern in asked[0][1])
+
+    def no_network(repo, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(InputError, match="hf://someone/zoo cannot be fetched"):
+        rb_noisy.list_models(zoo="hf://someone/zoo")
+
+
+def test_a_place_without_models_is_named(tmp_path):
+    with pytest.raises(InputError, match="is no zoo"):
+        rb_noisy.list_models(zoo=tmp_path)
+
+
+def test_every_shipped_model_has_its_figures_and_stands_up_to_its_card():
+    """Natural accuracy is measured again on the spot where the data are embedded."""
+    data = rb_noisy.load_data("digits")
+    names = rb_noisy.list_models()
+    assert "sglr_digits" in names
+    for name in names:
+        card = registry.read_card(name)
+        assert {"pgd-20", "autoattack", "calibration"} <= card["results"].keys(), name
+        for result in card["results"].values():
+            assert result["weights_sha256"] == card["weights"]["sha256"]
+        assert card["results"]["autoattack"]["accuracy"] <= card["results"]["pgd-20"]["any_iterate"]["accuracy"] + 0.02
+        if card["dataset"] == "digits":
+            with torch.no_grad():
+                right = rb_noisy.load_model(name)(data.x_test).argmax(1) == data.y_test
+            assert right.double().mean().item() == pytest.approx(float(card["clean_acc"]) / 100, abs=0.002)
+
+
+def test_three_doors_lead_to_the_same_model_in_a_fresh_process():
+    program = """
+import torch, rb_noisy, timm
+from robustbench.utils import load_model
+ours = rb_noisy.load_model("sglr_digits")
+theirs = load_model("sglr_digits", dataset="digits", threat_model="Linf")
+timms = timm.create_model("sglr_digits", pretrained=True).eval()
+x = torch.rand(4, 1, 8, 8)
+assert torch.equal(ours(x), theirs(x)) and torch.equal(ours(x), timms(x))
+fresh = timm.create_model("sglr_digits").eval()
+assert not torch.equal(ours(x), fresh(x))
+assert timm.create_model("sglr_digits", pretrained=True, num_classes=3)(x).shape == (4, 3)
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("same"), done.stderr

@@ -114,7 +114,7 @@ def test_before_the_start_epoch_the_label_is_hard_and_the_average_waits():
 
 
 def test_standard_training_averages_the_natural_prediction_alone():
-    natural, _, y = batch()
+    natural, _, _ = batch()
     torch.testing.assert_close(SelfGuided(temperature=2.0).mix(natural, None), (natural.float() / 2).softmax(1))
 
 

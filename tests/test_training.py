@@ -86,7 +86,8 @@ def test_same_seed_same_weights_and_another_seed_others(tiny_recipe, tmp_path):
 @pytest.mark.parametrize("moment", ["in the middle of an epoch", "while the second epoch is being saved"])
 def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_recipe, tmp_path):
     """Momentum, running label averages, random numbers and the best checkpoint must all survive."""
-    recipe = tiny_recipe(method="pgd-at+sglr", epochs=4, augment=True, validation=20, backbone_options={"drop_rate": 0.2})
+    options = {"augment": True, "validation": 20, "backbone_options": {"drop_rate": 0.2}}
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=4, **options)
     whole = train(recipe, tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     if moment == "in the middle of an epoch":

@@ -1,0 +1,236 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import eval.common
+import eval.pgd
+from eval import calibration, pgd
+from model_zoo import registry
+from rb_noisy.attacks import pgd as attack
+from rb_noisy.data import load_data
+from rb_noisy.training import train
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory):
+    from rb_noisy.recipes import Recipe
+
+    recipe = Recipe(
+        data=f"npz:{tiny_data}",
+        backbone="resnet8_narrow",
+        eps=0.15,
+        alpha=0.04,
+        steps=3,
+        epochs=4,
+        batch_size=32,
+        lr=0.05,
+        augment=False,
+        normalize=False,
+        track=20,
+        track_steps=2,
+    )
+    return train(recipe, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def command(module, *arguments, cwd, check=True):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def call(main, *arguments):
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
+
+
+@pytest.fixture(scope="module")
+def everything(run, tmp_path_factory):
+    """One command on a run folder, from another directory."""
+    out = tmp_path_factory.mktemp("everything")
+    done = command("eval", "--model", run.path, "--n", COUNT, "--out", out, cwd=out)
+    return done.stdout, registry.read_results(run.path), out / "tiny"
+
+
+def test_one_command_measures_everything_and_says_where_the_model_stands(everything):
+    stdout, results, out = everything
+    assert results.keys() == {"pgd-20", "autoattack", "calibration"}
+    for words in ("PGD-20", "AutoAttack, standard version", "Calibration of tiny", "tiny is 1st of 1 on quadrants"):
+        assert words in stdout
+    for figures in results.values():
+        described = {"dataset", "split", "n", "of", "norm", "eps", "seed", "date", "weights_sha256", "alpha", "attack"}
+        assert described - {"alpha"} <= figures.keys()
+        assert (figures["n"], figures["of"], figures["eps"]) == (COUNT, 60, 0.15)
+    low, high = results["autoattack"]["interval"]
+    assert low <= results["autoattack"]["accuracy"] <= high
+    assert (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_verdicts_are_kept_per_sample_and_agree_with_the_figures(run, everything):
+    _, results, out = everything
+    data = load_data(run.recipe.data)
+    with np.load(out / "pgd-20.npz", allow_pickle=False) as verdicts:
+        assert verdicts["y"].tolist() == data.y_test[:COUNT].tolist()
+        final, any_iterate = verdicts["final_iterate"], verdicts["any_iterate"]
+        assert final.mean() == pytest.approx(results["pgd-20"]["final_iterate"]["accuracy"])
+        assert not (any_iterate & ~final).any()
+        assert not (any_iterate & ~verdicts["natural"]).any()
+    with np.load(out / "autoattack.npz", allow_pickle=False) as verdicts:
+        assert verdicts["robust"].mean() == pytest.approx(results["autoattack"]["accuracy"])
+        assert not (verdicts["robust"] & (verdicts["broken_by"] != -1)).any()
+    with np.load(out / "calibration.npz", allow_pickle=False) as values:
+        with torch.no_grad():
+            logits = run.load()(data.x_test[:COUNT])
+        np.testing.assert_allclose(values["natural_logits"], logits, atol=1e-5)
+        assert values["natural_kappa"].min() >= 1, "against its own prediction no sample is wrong at the start"
+    assert results["calibration"]["report"]["natural"]["robust"]["share"] == results["autoattack"]["accuracy"]
+
+
+def test_autoattack_goes_on_after_a_real_sigkill_to_the_same_verdicts(run, everything, tmp_path):
+    _, _, finished = everything
+    arguments = ["--model", run.path, "--n", COUNT, "--out", tmp_path, "--json", tmp_path / "figures.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eval.autoattack", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    state = tmp_path / "tiny" / ".autoattack.state.npz"
+    deadline = time.monotonic() + 100
+    while not state.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "figures.json").exists()
+    command("eval.autoattack", *arguments, cwd=tmp_path)
+    assert not state.exists(), "a finished evaluation leaves nothing to resume"
+    with np.load(finished / "autoattack.npz") as whole, np.load(tmp_path / "tiny" / "autoattack.npz") as resumed:
+        assert whole["broken_by"].tolist() == resumed["broken_by"].tolist()
+
+
+def test_pgd_figures_are_those_of_the_library(run, tmp_path):
+    result = call(pgd.main, "--model", run.path, "--out", tmp_path, "--json", tmp_path / "f.json", "--batch-size", 60)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "f.json").read_text())["pgd-20"]
+    data, seed = load_data(run.recipe.data), int(np.random.SeedSequence((0, 0)).generate_state(1)[0])
+    model = run.load()
+    found = attack(model, data.x_test, data.y_test, eps=0.15, alpha=0.0375, steps=20, seed=seed, evaluate_final=True)
+    right = model(data.x_test).argmax(1) == data.y_test
+    assert figures["final_iterate"]["accuracy"] == pytest.approx((found.final_correct & right).double().mean().item())
+    assert figures["any_iterate"]["accuracy"] == pytest.approx((~found.broken & right).double().mean().item())
+
+
+def test_an_interrupted_pgd_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    arguments = ["--model", run.path, "--batch-size", 15]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert call(pgd.main, *arguments, "--out", whole, "--json", whole / "f.json").exit_code == 0
+    batches = []
+
+    def interrupted(*args, **kwargs):
+        batches.append(1)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return attack(*args, **kwargs)
+
+    monkeypatch.setattr(eval.pgd, "pgd", interrupted)
+    stopped = call(pgd.main, *arguments, "--out", part, "--json", part / "f.json")
+    assert stopped.exit_code == 130
+    assert call(pgd.main, *arguments, "--out", part, "--json", part / "f.json").exit_code == 0
+    assert len(batches) == 3 + 2, "two of the four batches were done before"
+    assert json.loads((whole / "f.json").read_text()) == json.loads((part / "f.json").read_text())
+
+
+def test_figures_enter_the_card_of_a_zoo_model_unless_its_setting_is_another(run, tmp_path):
+    zoo = tmp_path / "zoo"
+    registry.publish(run.path, "mine", zoo=zoo)
+    before = registry.read_card("mine", zoo)["results"].get("pgd-20")
+    common = ["--model", "mine", "--zoo", zoo, "--out", tmp_path]
+    assert "not kept" in call(pgd.main, *common, "--eps", 0.05).output
+    assert "not kept" in call(pgd.main, *common, "--alpha", 0.01).output
+    assert registry.read_card("mine", zoo)["results"].get("pgd-20") == before
+    assert call(pgd.main, *common).exit_code == 0
+    assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
+    assert "more samples" in call(pgd.main, *common, "--n", 10).output
+    assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
+
+
+def test_presets_are_the_papers_settings(run, tmp_path):
+    for preset, (eps, alpha) in {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}.items():
+        file = tmp_path / f"{preset}.json"
+        call(pgd.main, "--model", run.path, "--preset", preset, "--n", 4, "--out", tmp_path, "--json", file)
+        figures = json.loads(file.read_text())["pgd-20"]
+        assert (figures["eps"], figures["alpha"], figures["steps"]) == (eps, alpha, 20)
+
+
+def test_a_timm_network_is_evaluated_on_a_named_data_set(tiny_data, tmp_path):
+    arguments = ["--model", "resnet8_narrow", "--dataset", f"npz:{tiny_data}", "--n", 6, "--out", tmp_path]
+    result = call(pgd.main, *arguments, "--eps", 0.1, "--json", tmp_path / "f.json")
+    assert result.exit_code == 0, result.output
+    assert "no pretrained weights" in result.output
+    assert json.loads((tmp_path / "f.json").read_text())["model"] == "resnet8_narrow"
+
+
+def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    arrays = {"robust": np.ones(60, bool), "eps": 0.15, "y": load_data(run.recipe.data).y_test.numpy()}
+    np.savez(folder / "autoattack.npz", weights_sha256="other weights", **arrays)
+    result = call(calibration.main, "--model", run.path, "--out", tmp_path, "--json", tmp_path / "f.json")
+    assert result.exit_code == 0, result.output
+    assert "run eval.autoattack first" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "sglr_digitz"], "unknown model 'sglr_digitz'"),
+        (["--model", "resnet8_narrow"], "name what to evaluate it on with --dataset"),
+        (["--model", "resnet8_narrow", "--dataset", "digits"], "has no ε of its own; give --eps"),
+        (["--model", "RUN", "--n", "61"], "--n is 61"),
+        (["--model", "RUN", "--n", "0"], "--n is 0"),
+        (["--model", "RUN", "--batch-size", "0"], "--batch-size is 0"),
+        (["--model", "RUN", "--dataset", "digits"], "tells 4 classes apart but digits has 10"),
+        (["--model", "RUN", "--preset", "sgrl"], "did you mean sglr"),
+        (["--model", "RUN", "--checkpoint", "first"], "give 'best' or 'final'"),
+        (["--model", "RUN", "--eps", "-1"], "eps is -1"),
+    ],
+)
+def test_bad_requests_end_in_one_clear_line_and_code_2(arguments, words, run, tmp_path):
+    arguments = [str(run.path) if a == "RUN" else a for a in arguments]
+    result = call(pgd.main, *arguments, "--out", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_damaged_state_is_named_and_a_state_of_other_settings_started_over(run, tmp_path):
+    state = tmp_path / "tiny" / ".pgd-20.state.npz"
+    state.parent.mkdir()
+    state.write_bytes(b"PK no zip")
+    result = call(pgd.main, "--model", run.path, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "delete it to start this evaluation over" in result.output
+    np.savez(state, key="other settings", **{"0.natural": np.zeros(60, bool)})
+    file = tmp_path / "f.json"
+    assert call(pgd.main, "--model", run.path, "--out", tmp_path, "--json", file).exit_code == 0
+    assert json.loads(file.read_text())["pgd-20"]["natural"]["accuracy"] > 0

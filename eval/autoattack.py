@@ -54,7 +54,7 @@ def evaluate(
 def run(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -> dict[str, dict[str, Any]]:
     """Evaluate, show, keep the verdicts; the figures by evaluation."""
     figures, result = evaluate(subject, seed=seed, batch_size=batch_size, out=out)
-    common.console.print(table(subject, figures))
+    common.show(heading(subject, figures), table(subject, figures))
     for warning in figures["warnings"]:
         common.console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     eps = torch.tensor(subject.eps, dtype=torch.float64)
@@ -103,8 +103,12 @@ def main(
         forget_progress(subject, out)
 
 
+def heading(subject: common.Subject, figures: dict[str, Any]) -> str:
+    return f"{figures['attack']}\n{common.setting(subject, figures)}"
+
+
 def table(subject: common.Subject, figures: dict[str, Any]) -> Table:
-    result = Table(title=f"{figures['attack']}\n{common.setting(subject, figures)}")
+    result = Table()
     result.add_column("after")
     result.add_column(f"{subject.label}: accuracy", justify="right")
     result.add_column("broken by it", justify="right")

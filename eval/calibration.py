@@ -136,7 +136,7 @@ def show(subject: common.Subject, figures: dict[str, Any]) -> None:
     """Print the report as three tables."""
     report = figures["report"]
     heading = common.setting(subject, figures)
-    quality = Table(title=f"Calibration of {subject.label}\n{heading}")
+    quality = Table()
     quality.add_column("inputs")
     for column in ("accuracy", "ECE", "adaptive ECE", "NLL", "Brier"):
         quality.add_column(column, justify="right")
@@ -144,38 +144,38 @@ def show(subject: common.Subject, figures: dict[str, Any]) -> None:
         part = report[key]
         numbers = (f"{part[m]:.3f}" for m in ("ece", "adaptive_ece", "nll", "brier"))
         quality.add_row(text, common.percent(part), *numbers)
-    common.console.print(quality)
+    common.show(f"Calibration of {subject.label}\n{heading}", quality)
 
-    ranking = Table(title="Right from wrong predictions: AUROC (high is good) / AURC (low is good)")
+    ranking = Table()
     ranking.add_column("inputs")
     for text in SCORES.values():
         ranking.add_column(text, justify="right")
     for key, text in KINDS:
         scores = report[key]["scores"]
         ranking.add_row(text, *(f"{_show(scores[s]['auroc'])} / {_show(scores[s]['aurc'])}" for s in SCORES))
-    common.console.print(ranking)
+    common.show("Right from wrong predictions: AUROC (high is good) / AURC (low is good)", ranking)
 
-    after = Table(title="ECE after calibrating on half the images, tested on the other (mean ± sd of 20 splits)")
+    after = Table()
     after.add_column("inputs")
     for text in CALIBRATIONS.values():
         after.add_column(text, justify="right")
     for key, text in KINDS:
         errors = [report[key]["calibrated"][name]["ece"] for name in CALIBRATIONS]
         after.add_row(text, *(f"{_show(error['mean'])} ± {_show(error['std'])}" for error in errors))
-    common.console.print(after)
+    common.show("ECE after calibrating on half the images, tested on the other (mean ± sd of 20 splits)", after)
 
     stays = report["natural"]["robust"]
     if stays is None:
         common.console.print("run eval.autoattack first to see how well κ tells what is right and stays right within ε")
         return
-    lasting = Table(title=f"Right and still right after AutoAttack ({stays['share']:.2%} of the images)")
+    lasting = Table()
     for column in ("score", "AUROC", "AURC", "Brier of isotonic on it"):
         lasting.add_column(column, justify="right")
     for name, text in SCORES.items():
         fitted = stays.get(f"isotonic_{name}")
         brier = _show(fitted["brier"]["mean"]) if fitted else "–"
         lasting.add_row(text, _show(stays["scores"][name]["auroc"]), _show(stays["scores"][name]["aurc"]), brier)
-    common.console.print(lasting)
+    common.show(f"Right and still right after AutoAttack ({stays['share']:.2%} of the images)", lasting)
 
 
 def _show(value: float | None) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from model_zoo.registry import card_files, dataset_label, eps_label, read_card, run_card, write_result
@@ -123,7 +124,8 @@ def load_subject(
     x, y = data.x_test, data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
-    network = found["model"].to(chosen).eval()
+    # Convolutions are faster so, on a CPU by about a half; the values are the same but for rounding.
+    network = found["model"].to(chosen, memory_format=torch.channels_last).eval()
     with torch.no_grad():
         try:
             classes = network(x[:2].to(chosen)).shape[1]
@@ -228,8 +230,14 @@ def percent(figures: dict[str, Any]) -> str:
     return f"{figures['accuracy']:.2%} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def show(title: str, table: Table) -> None:
+    """Print a table under its title, which a Rich table title would break at the table's width."""
+    console.print(f"\n[bold]{title}[/]", soft_wrap=True)
+    console.print(table)
+
+
 def setting(subject: Subject, figures: dict[str, Any]) -> str:
-    """The line under a table's title: data set, sample count, threat model, seed."""
+    """Data set, sample count, threat model, seed: the line under a title."""
     samples = f"{figures['n']} of {figures['of']} images"
     return f"{subject.dataset} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
 

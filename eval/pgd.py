@@ -66,7 +66,7 @@ def run(
     """Evaluate, show, keep the verdicts; the figures by evaluation."""
     step = subject.eps / 4 if alpha is None else alpha
     figures, verdicts = evaluate(subject, alpha=step, steps=steps, seed=seed, batch_size=batch_size, out=out)
-    common.console.print(table(subject, figures))
+    common.show(heading(subject, figures), table(subject, figures))
     common.save_verdicts(out, f"pgd-{steps}", subject, **verdicts)
     return {f"pgd-{steps}": figures}
 
@@ -111,8 +111,12 @@ def main(
         common.enter(subject if keeps else common.without_target(subject), results, json_file)
 
 
+def heading(subject: common.Subject, figures: dict[str, Any]) -> str:
+    return f"{figures['attack']}\n{common.setting(subject, figures)}, α = {figures['alpha']:.4g}"
+
+
 def table(subject: common.Subject, figures: dict[str, Any]) -> Table:
-    result = Table(title=f"{figures['attack']}\n{common.setting(subject, figures)}, α = {figures['alpha']:.4g}")
+    result = Table()
     result.add_column("accuracy of")
     result.add_column(f"{subject.label} (95% interval)", justify="right")
     for name, text in (

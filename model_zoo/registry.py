@@ -181,7 +181,7 @@ def publish(
     model = run.load(checkpoint)  # read it once, so that no broken file is published
     root = BUILT_IN if zoo is None else Path(zoo)
     if str(zoo).startswith("hf://"):
-        raise InputError("publish into a folder, then upload it with: huggingface-cli upload USER/REPO FOLDER")
+        raise InputError("publish into a folder, then upload it with: hf upload USER/REPO FOLDER")
     old = card_files(root).get(name) if (root / "model_info").is_dir() else None
     if old and not overwrite:
         raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
@@ -269,9 +269,9 @@ def dataset_label(data: str) -> str:
 
 
 def eps_label(eps: float) -> str:
-    """RobustBench's way of writing ε: "8/255" where that is exact, else the number."""
-    scaled = eps * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{eps:g}"
+    """RobustBench's way of writing ε: "0.3" where that is all there is to say, "8/255" where that is exact."""
+    short, scaled = f"{eps:.4g}", eps * 255
+    return f"{round(scaled)}/255" if float(short) != eps and abs(scaled - round(scaled)) < 1e-6 else f"{eps:g}"
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rb_noisy.errors import InputError
+
+# Third-party imports warn of each other on every command; users can do nothing about it.
+warnings.filterwarnings("ignore", message=".*torch.jit.interface.*", category=FutureWarning)
 
 app = typer.Typer(
     help="Adversarial training when labels are wrong: train, publish into the zoo, list the zoo.",

@@ -119,8 +119,8 @@ class Recipe:
         if self.milestones is None:
             object.__setattr__(self, "milestones", (self.epochs // 2, self.epochs * 3 // 4))
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        if self.targets_name == "sglr-released" and "start_epoch" not in self.target_options:
-            # The released code starts at epoch 90 of 200: the same share of a run of any length.
+        if self.targets_name.startswith("sglr") and "start_epoch" not in self.target_options:
+            # The released code starts at epoch 90 of 200: the same share of a run of any length. The paper is silent.
             start = {"start_epoch": self.epochs * 90 // 200}
             object.__setattr__(self, "target_options", self.target_options | start)
         self._check()

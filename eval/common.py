@@ -15,12 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from model_zoo.registry import card_files, dataset_label, eps_label, read_card, run_card, write_result
-from rb_noisy.cli import ZooOption, progress_bar, user_errors
+from rb_noisy.cli import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, write_json
@@ -28,7 +27,6 @@ from rb_noisy.measures import wilson_interval
 from rb_noisy.training import Run
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
-console = Console(highlight=False)
 
 ModelOption = Annotated[str, typer.Option("--model", help="A zoo model, a run folder, or a timm name.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Default: the model's own data set.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from model_zoo.registry import read_cards
+from rb_noisy.cli import ZooOption, console, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.measures import wilson_interval
 
@@ -341,30 +341,21 @@ def leaderboard(
     noise: str | None = typer.Option(
         None, help="Only this label noise: none, a kind, or a kind with rate ('symmetric 0.4')."
     ),
-    zoo: str | None = typer.Option(
-        None, help="Where the cards are: a folder or a place on the Hub. Default: the built-in zoo."
-    ),
+    zoo: ZooOption = None,
     format: str = typer.Option("terminal", help=f"One of {', '.join(FORMATS)}."),
     highlight: str | None = typer.Option(None, help="A zoo model to mark, and to say where it stands."),
 ) -> None:
     """The zoo's models and the published figures in one ranked table."""
-    from model_zoo.registry import read_cards
-
-    try:
+    with user_errors():
         if format not in FORMATS:
             raise unknown_name("format", format, FORMATS)
         rows = leaderboard_rows(read_cards(zoo), published_rows(), dataset, noise)
         sentence = standing(rows, highlight) if highlight else None
-    except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(2) from None
     if format == "terminal":
-        # A pipe has no width of its own, and 80 columns would break every line.
-        console = Console(width=None if sys.stdout.isatty() else 160)
         for table in render_terminal(rows, highlight):
             console.print(table)
         if sentence:
-            console.print(Text(sentence))
+            console.print(sentence, markup=False)
     else:
         print((render_markdown if format == "markdown" else render_latex)(rows, highlight))
 

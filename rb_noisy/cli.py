@@ -26,8 +26,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
-errors = Console(stderr=True)
+# A pipe has no width of its own, and Rich's 80 columns would cut the names in tables.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
+errors = Console(stderr=True, highlight=False)
 
 ZooOption = Annotated[
     str | None, typer.Option("--zoo", help="Another zoo: a folder, or hf://USER/REPO. Default: the one that ships.")
@@ -42,10 +43,10 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
     except TrainingDiverged as error:
-        errors.print(f"[bold red]diverged:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]diverged:[/] {_escape(str(error))}", soft_wrap=True)
         raise typer.Exit(3) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; what was finished is kept", soft_wrap=True)
@@ -151,14 +152,13 @@ def train(
                 bar.update(task, completed=done, total=total, description=f"epoch {epoch + 1}/{chosen.epochs}")
 
             def on_epoch(line: dict[str, Any]) -> None:
-                console.print(_epoch_line(line, chosen.epochs), highlight=False, soft_wrap=True)
+                console.print(_epoch_line(line, chosen.epochs), soft_wrap=True)
 
             run = run_training(chosen, out, resume, data_root=data_root, on_batch=on_batch, on_epoch=on_epoch)
         best, final = run.metrics[run.best_epoch], run.metrics[-1]
         console.print(
             f"{out}: best PGD-{chosen.track_steps} {best['test_pgd_acc']:.2%} (epoch {run.best_epoch + 1}), "
             f"final {final['test_pgd_acc']:.2%}; evaluate it with: python -m eval --model {out}",
-            highlight=False,
             soft_wrap=True,
         )
 

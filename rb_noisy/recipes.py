@@ -113,6 +113,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, f.type, getattr(self, f.name))
         for name, value in DATA_DEFAULTS.get(self.data, _CIFAR).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -135,9 +137,6 @@ class Recipe:
             if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
                 bound = "above 0" if name in positive else "of at least 0"
                 raise InputError(f"recipe: {name} is {value}; give a number {bound}")
-        for name in ("epochs", "batch_size", "steps", "validation", "track", "track_steps", "seed", "noise_seed"):
-            if getattr(self, name) != int(getattr(self, name)):
-                raise InputError(f"recipe: {name} is {getattr(self, name)}; give a whole number")
         for name, known in (
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
@@ -207,6 +206,17 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
+
+
+def _check_type(name: str, annotation: str, value: Any) -> None:
+    kinds = {"str": str, "int": int, "float": int | float, "bool": bool, "dict": dict, "tuple": list | tuple}
+    parts = annotation.split(" | ")
+    kind = parts[0].partition("[")[0]
+    if value is None and "None" in parts:
+        return
+    # A bool is an int to Python, but not to the author of a recipe.
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise InputError(f"recipe: {name} is {value!r}; give {annotation.replace(' | None', '')}")
 
 
 METHODS = tuple(o if t == "hard" else f"{o}+{t}" for o in OBJECTIVES for t in TARGETS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import sys
-from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -265,9 +263,8 @@ def test_terminal_shows_names_with_brackets_as_they_are():
 
 @pytest.fixture
 def run(monkeypatch):
-    registry = ModuleType("model_zoo.registry")
-    registry.read_cards = lambda zoo=None: [card(f"{zoo or 'built_in'}_at", 0.7), card("noisy", 0.5, noise=SYM)]
-    monkeypatch.setitem(sys.modules, "model_zoo.registry", registry)
+    cards = lambda zoo=None: [card(f"{zoo or 'built_in'}_at", 0.7), card("noisy", 0.5, noise=SYM)]  # noqa: E731
+    monkeypatch.setattr(board, "read_cards", cards)
     return lambda *arguments: CliRunner().invoke(board.app, list(arguments))
 
 

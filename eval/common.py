@@ -24,7 +24,7 @@ from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.measures import wilson_interval
-from rb_noisy.training import Run
+from rb_noisy.runs import Run
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
-from rb_noisy.training import Run, load_weights
+from rb_noisy.runs import Run, load_weights
 
 BUILT_IN = Path(__file__).parent
 Card = dict[str, Any]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rb_noisy.data import load_data
     from rb_noisy.noise import NoisyLabels, corrupt
     from rb_noisy.recipes import Recipe
-    from rb_noisy.training import Run, train
+    from rb_noisy.runs import Run
+    from rb_noisy.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,7 +47,8 @@ _HOMES = {
     "rb_noisy.data": ("load_data",),
     "rb_noisy.noise": ("NoisyLabels", "corrupt"),
     "rb_noisy.recipes": ("Recipe",),
-    "rb_noisy.training": ("Run", "train"),
+    "rb_noisy.runs": ("Run",),
+    "rb_noisy.training": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -118,7 +118,7 @@ def train(
 ) -> None:
     """Train a model and leave a run folder."""
     from rb_noisy.recipes import Recipe
-    from rb_noisy.training import Run
+    from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
 
     named = {

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rb_noisy.cli import app
-from rb_noisy.training import Run, train
+from rb_noisy.runs import Run
+from rb_noisy.training import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,8 @@ from torch import nn
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
 from rb_noisy.recipes import METHODS, Recipe
-from rb_noisy.training import Run, TrainingDiverged, _Trainer, noisy_labels, train
+from rb_noisy.runs import Run
+from rb_noisy.training import TrainingDiverged, _Trainer, noisy_labels, train
 
 MEASURED = ("natural_acc", "pgd_acc", "loss", "kappa")
 
@@ -96,11 +97,11 @@ def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_rec
     else:  # between writing the metrics and writing the state
         dying = ""
         setup = (
-            "import rb_noisy.training as t; real = t._save_tensors; calls = []\n"
+            "import rb_noisy.training as t; real = t.save_tensors; calls = []\n"
             "def save(tensors, file, metadata):\n"
             "    calls.append(file.name) if file.name.startswith('state') else None\n"
             "    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else real(tensors, file, metadata)\n"
-            "t._save_tensors = save\n"
+            "t.save_tensors = save\n"
         )
     program = (
         f"import os, signal, torch; torch.set_num_threads(1)\n{setup}"

@@ -1,0 +1,125 @@
+"""The run folder that training leaves: how it is read, and how weights are saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rb_noisy.errors import InputError
+from rb_noisy.files import atomic_path
+from rb_noisy.recipes import Recipe
+
+CHECKPOINTS = ("best", "final")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+        recipe: what was asked for.
+        model_options: what `rb_noisy.backbones.build_backbone` takes to build the network again.
+        class_names: names of the K classes.
+        metrics: one dict per finished epoch.
+    """
+
+    path: Path
+    recipe: Recipe
+    model_options: dict[str, Any]
+    class_names: tuple[str, ...]
+    metrics: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            InputError: no run there, or its files are damaged.
+        """
+        path = Path(path)
+        description = path / "run.json"
+        if not description.is_file():
+            raise InputError(f"{path} is no run folder: it has no run.json; name the folder that `train` wrote")
+        try:
+            values = json.loads(description.read_text(encoding="utf-8"))
+            recipe = Recipe.from_dict(values["recipe"])
+            model_options, class_names = values["model_options"], tuple(values["class_names"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(f"{description} is damaged ({error!r}); train again into another folder") from error
+        return cls(path, recipe, model_options, class_names, tuple(read_metrics(path)))
+
+    @property
+    def finished(self) -> bool:
+        return len(self.metrics) == self.recipe.epochs and (self.path / "final.safetensors").is_file()
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the highest robust accuracy on the selection set, counted from 0 (the first on a tie)."""
+        scores = [line["selection_pgd_acc"] for line in self.metrics]
+        return int(np.argmax(scores)) if scores else None
+
+    def load(self, checkpoint: str = "final") -> nn.Module:
+        """The network with the *best* or *final* weights, in eval mode.
+
+        Raises:
+            InputError: that checkpoint is not there, or is damaged.
+        """
+        from rb_noisy.backbones import build_backbone
+
+        if checkpoint not in CHECKPOINTS:
+            raise InputError(f"checkpoint is {checkpoint!r}; give 'best' or 'final'")
+        file = self.path / f"{checkpoint}.safetensors"
+        if not file.is_file():
+            raise InputError(f"{self.path} has no {checkpoint} weights yet; continue it with --resume")
+        model = build_backbone(**self.model_options)
+        load_weights(model, file)
+        return model.eval()
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a network, all of it or none.
+
+    Raises:
+        InputError: the file is damaged, or its tensors are not the network's.
+    """
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}); get it again") from error
+    expected = model.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in state if state[k].shape != expected[k].shape]
+    if wrong:
+        raise InputError(f"{file} does not fit the network: {len(wrong)} tensors differ, the first is {wrong[0]!r}")
+    model.load_state_dict(state)
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Save a network's state as safetensors, whole or not at all."""
+    save_tensors(model.state_dict(), file, {})
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Save tensors and a header of strings as safetensors, whole or not at all."""
+    # safetensors refuses channels_last tensors, and tensors that share memory.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(file) as temporary:
+        save_file(plain, temporary, metadata)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's `metrics.jsonl`, one per finished epoch."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error

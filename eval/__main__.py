@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ def main(
 ) -> None:
     """Everything that a card needs, in one go; run it again to go on after an interruption."""
     with common.user_errors():
-        common.check_batch_size(batch_size)
         subject = common.load_subject(
             model,
             zoo=zoo,
@@ -37,22 +37,25 @@ def main(
             eps=eps,
             data_root=data_root,
             checkpoint=checkpoint,
+            seed=seed,
+            batch_size=batch_size,
         )
         results: dict[str, Any] = {}
         # AutoAttack before calibration, which reads its verdicts.
         for evaluation in (pgd, autoattack, calibration):
-            results |= evaluation.run(subject, seed=seed, batch_size=batch_size, out=out)
-        common.enter(subject, results, json_file)
+            measured = evaluation.run(subject, seed=seed, batch_size=batch_size, out=out)
+            results |= measured
+            common.enter(subject, results if json_file else measured, json_file)
         autoattack.forget_progress(subject, out)
-        show_standing(subject, results, checkpoint)
+        show_standing(subject, results)
 
 
-def show_standing(subject: common.Subject, results: dict[str, Any], checkpoint: str) -> None:
+def show_standing(subject: common.Subject, results: dict[str, Any]) -> None:
     """The leaderboard of the subject's data set and noise, with these figures as its own."""
-    card = common.card_of(subject, checkpoint)
+    card = copy.deepcopy(subject.card)
     for evaluation, figures in results.items():
         enter_figures(card, evaluation, figures)
-    others = [other for other in read_cards(subject.zoo) if other["name"] != subject.target]
+    others = [other for other in read_cards(subject.zoo) if other["name"] != card["name"]]
     rows = leaderboard.leaderboard_rows([*others, card], leaderboard.published_rows(), dataset=card["dataset"])
     own = next(row for row in rows if row.measured and row.name == card["name"])
     for shown in leaderboard.render_terminal([row for row in rows if row.group == own.group], card["name"]):

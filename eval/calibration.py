@@ -16,6 +16,7 @@ from rb_noisy.attacks import kappa, pgd
 from rb_noisy.calibration import calibration_report, plot_calibration
 from rb_noisy.errors import InputError
 
+MNIST_STEPS, MNIST_ALPHA = 40, 0.01  # [NL App. D.2]
 KINDS = (("natural", "natural"), ("pgd-20", "PGD-20"))
 SCORES = {"kappa": "κ", "max_softmax": "max-softmax", "margin": "margin"}
 CALIBRATIONS = {
@@ -27,18 +28,24 @@ CALIBRATIONS = {
 
 
 def evaluate(
-    subject: common.Subject, *, kappa_steps: int, seed: int, batch_size: int, out: Path, robust: Tensor | None
+    subject: common.Subject,
+    *,
+    kappa_steps: int,
+    alpha: float,
+    seed: int,
+    batch_size: int,
+    out: Path,
+    robust: Tensor | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The κ-calibration report.
 
-    κ is taken against the predicted label, without a random start, with α = 2.5·ε/n [NL App. D.3], on natural inputs
-    and on the final iterates of PGD-20.
+    κ is taken against the predicted label, without a random start, with α = 2.5·ε/n [NL App. D.3] (on MNIST by default
+    with [NL]'s own n = 40, α = 0.01), on natural inputs and on the final iterates of PGD-20.
 
     Returns:
         The figures with all that a published figure carries, and per-sample logits and κ.
     """
-    alpha = 2.5 * subject.eps / kappa_steps
-    settings = {"seed": seed, "eps": subject.eps, "kappa_steps": kappa_steps}
+    settings = {"seed": seed, "eps": subject.eps, "kappa_steps": kappa_steps, "alpha": alpha}
     measure = {"eps": subject.eps, "alpha": alpha, "steps": kappa_steps, "norm": subject.norm, "random_start": False}
 
     def compute(x: Tensor, y: Tensor, batch_seed: int) -> dict[str, Tensor]:
@@ -69,13 +76,18 @@ def run(
     subject: common.Subject, *, seed: int, batch_size: int, out: Path, kappa_steps: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Evaluate, show, draw, keep the per-sample values; the figures by evaluation."""
-    steps = default_steps(subject) if kappa_steps is None else kappa_steps
+    steps = kappa_steps
+    if steps is None:
+        steps = MNIST_STEPS if subject.dataset == "mnist" else 10
     if steps < 1:
         raise InputError(f"--kappa-steps is {steps}; give at least 1")
+    alpha = MNIST_ALPHA if (subject.dataset, steps) == ("mnist", MNIST_STEPS) else 2.5 * subject.eps / steps
     robust = autoattack_verdicts(subject, out)
-    figures, arrays = evaluate(subject, kappa_steps=steps, seed=seed, batch_size=batch_size, out=out, robust=robust)
+    figures, arrays = evaluate(
+        subject, kappa_steps=steps, alpha=alpha, seed=seed, batch_size=batch_size, out=out, robust=robust
+    )
     show(subject, figures)
-    plot = out / subject.label / "calibration.png"
+    plot = subject.folder(out) / "calibration.png"
     plot_calibration(figures["report"], plot, f"{subject.label}\n{common.setting(subject, figures)}")
     common.console.print(f"plot: {plot}", soft_wrap=True)
     common.save_verdicts(out, "calibration", subject, **arrays)
@@ -99,7 +111,6 @@ def main(
 ) -> None:
     """κ-calibration report: how far κ, softmax and margin can be trusted, on natural and attacked inputs."""
     with common.user_errors():
-        common.check_batch_size(batch_size)
         subject = common.load_subject(
             model,
             zoo=zoo,
@@ -109,18 +120,16 @@ def main(
             eps=eps,
             data_root=data_root,
             checkpoint=checkpoint,
+            seed=seed,
+            batch_size=batch_size,
         )
         results = run(subject, seed=seed, batch_size=batch_size, out=out, kappa_steps=kappa_steps)
         common.enter(subject, results, json_file)
 
 
-def default_steps(subject: common.Subject) -> int:
-    return 40 if subject.dataset == "mnist" else 10
-
-
 def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
     """Which samples AutoAttack left standing, if it has been run on these weights, images and ε."""
-    file = out / subject.label / "autoattack.npz"
+    file = subject.folder(out) / "autoattack.npz"
     if not file.is_file():
         return None
     with np.load(file, allow_pickle=False) as saved:
@@ -133,7 +142,7 @@ def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
 
 
 def show(subject: common.Subject, figures: dict[str, Any]) -> None:
-    """Print the report as three tables."""
+    """Print the report, a table for each question."""
     report = figures["report"]
     heading = common.setting(subject, figures)
     quality = Table()
@@ -164,6 +173,21 @@ def show(subject: common.Subject, figures: dict[str, Any]) -> None:
         after.add_row(text, *(f"{_show(error['mean'])} ± {_show(error['std'])}" for error in errors))
     common.show("ECE after calibrating on half the images, tested on the other (mean ± sd of 20 splits)", after)
 
+    by_kappa = Table()
+    by_kappa.add_column("κ", justify="right")
+    for _, text in KINDS:
+        by_kappa.add_column(f"{text}: images", justify="right")
+        by_kappa.add_column("right", justify="right")
+        by_kappa.add_column(f"in {report['subsets']} subsets", justify="right")
+    for value in range(report["steps"] + 1):
+        row = []
+        for key, _ in KINDS:
+            part = report[key]["by_kappa"]
+            mean, deviation = part["subset_accuracy_mean"][value], part["subset_accuracy_std"][value]
+            row += [str(part["count"][value]), _show(part["accuracy"][value]), f"{_show(mean)} ± {_show(deviation)}"]
+        by_kappa.add_row(str(value), *row)
+    common.show(f"Accuracy by κ (subsets of {report['subset_size']} images: mean ± sd)", by_kappa)
+
     stays = report["natural"]["robust"]
     if stays is None:
         common.console.print("run eval.autoattack first to see how well κ tells what is right and stays right within ε")
@@ -175,7 +199,8 @@ def show(subject: common.Subject, figures: dict[str, Any]) -> None:
         fitted = stays.get(f"isotonic_{name}")
         brier = _show(fitted["brier"]["mean"]) if fitted else "–"
         lasting.add_row(text, _show(stays["scores"][name]["auroc"]), _show(stays["scores"][name]["aurc"]), brier)
-    common.show(f"Right and still right after AutoAttack ({stays['share']:.2%} of the images)", lasting)
+    share = common.percent({"accuracy": stays["share"], "interval": stays["interval"]})
+    common.show(f"Right and still right after AutoAttack: {share} of the images", lasting)
 
 
 def _show(value: float | None) -> str:

@@ -18,11 +18,20 @@ import typer
 from rich.table import Table
 from torch import Tensor, nn
 
-from model_zoo.registry import card_files, dataset_label, eps_label, read_card, run_card, write_result
+from model_zoo.registry import (
+    dataset_label,
+    eps_label,
+    load_model,
+    read_cards,
+    results_file,
+    run_card,
+    timm_names,
+    write_result,
+)
 from rb_noisy.cli import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path, write_json
+from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.measures import wilson_interval
 from rb_noisy.runs import Run
 
@@ -50,15 +59,17 @@ class Subject:
     """What is evaluated.
 
     Attributes:
-        label: what it is called in tables and file names.
+        label: what it is called in tables.
         model: in eval mode, on `device`.
         x, y: the test images (n, C, H, W) and labels (n,), on the CPU.
         dataset: the name of the data set.
-        eps, alpha, norm: the threat model; α is the training attack's step, None where it is not known.
+        eps, norm: the threat model.
         class_names: names of the K classes.
-        target: where figures are entered: a zoo model's name, a run folder, or None.
+        card: the model's card, a preview of it for a run folder, the bare minimum for a timm model.
+        target: where figures are entered: a zoo model's name, a run's results file, or None.
         zoo: the zoo of that name.
         weights_sha256: what the figures belong to.
+        total: how many test images there are.
     """
 
     label: str
@@ -67,14 +78,18 @@ class Subject:
     y: Tensor
     dataset: str
     eps: float
-    alpha: float | None
     norm: str
     class_names: tuple[str, ...]
     device: torch.device
+    card: dict[str, Any]
     target: str | Path | None
     zoo: str | None
     weights_sha256: str
     total: int
+
+    def folder(self, out: Path) -> Path:
+        """Where this model's verdicts are kept: one folder for each set of weights."""
+        return out / f"{self.label}-{self.weights_sha256[:8]}"
 
     def describe(self, *, seed: int, batch_size: int) -> dict[str, Any]:
         """What every published figure carries."""
@@ -93,6 +108,18 @@ class Subject:
         }
 
 
+@dataclass(frozen=True)
+class _Found:
+    label: str
+    model: nn.Module
+    data: str | None
+    eps: float | None
+    norm: str
+    card: dict[str, Any]
+    target: str | Path | None
+    sha256: str
+
+
 def load_subject(
     model: str,
     *,
@@ -102,111 +129,130 @@ def load_subject(
     device: str | None,
     eps: float | None,
     data_root: Path | None,
-    checkpoint: str = "final",
+    checkpoint: str,
+    seed: int,
+    batch_size: int,
 ) -> Subject:
-    """Find and load the model, its data and its threat model.
+    """Find and load the model, its data and its threat model, and check the options that all evaluations share.
 
     Raises:
         InputError: no such model; a data set or ε is needed and not given; it does not fit the model.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device} is not there; PyTorch sees no GPU; use --device cpu")
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}; give at least 1")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; give 0 or more")
+    chosen = _device(device)
     found = _find(model, zoo, checkpoint, dataset, data_root)
-    name = dataset or found["data"]
-    if name is None:
-        raise InputError(f"{model} is a timm model: name what to evaluate it on with --dataset")
-    if eps is None and found["eps"] is None:
+    name = dataset or found.data
+    if eps is None and found.eps is None:
         raise InputError(f"{model} has no ε of its own; give --eps, e.g. --eps {8 / 255:.6f}")
+    radius = found.eps if eps is None else eps
+    if not 0 < radius < float("inf"):
+        raise InputError(f"--eps is {radius}; give a number above 0, in units of the image range [0, 1]")
     data = load_data(name, data_root)
     x, y = data.x_test, data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
     # Convolutions are faster so, on a CPU by about a half; the values are the same but for rounding.
-    network = found["model"].to(chosen, memory_format=torch.channels_last).eval()
-    with torch.no_grad():
-        try:
+    network = found.model.to(chosen, memory_format=torch.channels_last).eval()
+    try:
+        with torch.no_grad():
             classes = network(x[:2].to(chosen)).shape[1]
-        except RuntimeError as error:
-            raise InputError(f"{model} cannot take the images of {name}, {tuple(x.shape[1:])}: {error}") from error
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"{model} cannot take the images of {name}, {tuple(x.shape[1:])}: {error}") from error
     if classes != data.num_classes:
         raise InputError(f"{model} tells {classes} classes apart but {name} has {data.num_classes}; give --dataset")
-    own_data = found["data"] is not None and (dataset is None or dataset == found["data"])
-    own_threat = eps is None or eps == found["eps"]
+    # A figure on other data or another ε is not the card's figure.
+    own = found.data is not None and name == found.data and radius == found.eps
     return Subject(
-        label=found["label"],
+        label=found.label,
         model=network,
         x=x[:n],
         y=y[:n],
         dataset=name,
-        eps=found["eps"] if eps is None else eps,
-        alpha=found["alpha"],
-        norm=found["norm"],
+        eps=radius,
+        norm=found.norm,
         class_names=data.class_names,
         device=chosen,
-        # A figure on other data or another ε is not the card's figure.
-        target=found["target"] if own_data and own_threat else None,
+        card=found.card | {"dataset": dataset_label(name), "eps": eps_label(radius), "clean_acc": "", "results": {}},
+        target=found.target if own else None,
         zoo=zoo,
-        weights_sha256=found["sha256"],
+        weights_sha256=found.sha256,
         total=len(x),
     )
 
 
-def _find(model: str, zoo: str | None, checkpoint: str, dataset: str | None, data_root: Path | None) -> dict[str, Any]:
-    from rb_noisy.files import sha256
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
 
+
+def _find(model: str, zoo: str | None, checkpoint: str, dataset: str | None, data_root: Path | None) -> _Found:
     if (Path(model) / "run.json").is_file():
-        run = Run.open(model)
-        return {
-            "label": Path(model).resolve().name,
-            "model": run.load(checkpoint),
-            "data": run.recipe.data,
-            "eps": run.recipe.eps,
-            "alpha": run.recipe.alpha,
-            "norm": run.recipe.norm,
-            "target": Path(model),
-            "sha256": sha256(Path(model) / f"{checkpoint}.safetensors"),
-        }
-    if model in card_files(zoo):
-        from model_zoo.registry import load_model
+        run, label = Run.open(model), Path(model).resolve().name
+        network = run.load(checkpoint)
+        return _Found(
+            label=label,
+            model=network,
+            data=run.recipe.data,
+            eps=run.recipe.eps,
+            norm=run.recipe.norm,
+            card=run_card(run, label, checkpoint),
+            target=results_file(model, checkpoint),
+            sha256=sha256(Path(model) / f"{checkpoint}.safetensors"),
+        )
+    cards = {name: card for card in read_cards(zoo) for name in timm_names(card)}
+    if model in cards:
+        card = cards[model]
+        return _Found(
+            label=card["name"],
+            model=load_model(card["name"], zoo),
+            data=card["recipe"]["data"],
+            eps=card["recipe"]["eps"],
+            norm=card["threat_model"],
+            card=card,
+            target=card["name"],
+            sha256=card["weights"]["sha256"],
+        )
+    return _find_in_timm(model, set(cards), dataset, data_root)
 
-        card = read_card(model, zoo)
-        recipe = card["recipe"]
-        return {
-            "label": model,
-            "model": load_model(model, zoo),
-            "data": recipe["data"],
-            "eps": recipe["eps"],
-            "alpha": recipe["alpha"],
-            "norm": card["threat_model"],
-            "target": model,
-            "sha256": card["weights"]["sha256"],
-        }
+
+def _find_in_timm(model: str, zoo_names: set[str], dataset: str | None, data_root: Path | None) -> _Found:
     import timm
 
-    import rb_noisy.backbones  # noqa: F401 - registers our networks
+    import rb_noisy.backbones
 
-    if not timm.is_model(model):
-        known = [*card_files(zoo), *timm.list_models()]
-        error = unknown_name("model", model, known)
+    built_in = {name for card in read_cards() for name in timm_names(card)}
+    if model in built_in or not timm.is_model(model):  # the built-in zoo's models are timm's too, but not this zoo's
+        error = unknown_name("model", model, (zoo_names | set(timm.list_models())) - (built_in - zoo_names))
         raise InputError(f"{error}; give a zoo model, a run folder (with run.json) or a timm name")
     if dataset is None:
         raise InputError(f"{model} is a timm model: name what to evaluate it on with --dataset")
     data = load_data(dataset, data_root)
-    has_weights = timm.is_model_pretrained(model)
-    network = timm.create_model(model, pretrained=has_weights, num_classes=data.num_classes, in_chans=data.in_chans)
-    if not has_weights:
-        console.print(f"[yellow]{model} has no pretrained weights: a random network is evaluated[/]")
-    return {
-        "label": model,
-        "model": network,
-        "data": None,
-        "eps": None,
-        "alpha": None,
-        "norm": "Linf",
-        "target": None,
-        "sha256": _state_hash(network),
-    }
+    options: dict[str, Any] = {"num_classes": data.num_classes, "in_chans": data.in_chans}
+    if timm.is_model_pretrained(model):
+        cfg = timm.get_pretrained_cfg(model)
+        if cfg.num_classes != data.num_classes:
+            raise InputError(
+                f"{model} was trained for {cfg.num_classes} classes but {dataset} has {data.num_classes}; "
+                "train it first: rb-noisy train --backbone"
+            )
+        options |= {"pretrained": True, "mean": cfg.mean, "std": cfg.std}
+    else:
+        console.print(f"[yellow]{model} has no pretrained weights: a random network (seed 0) is evaluated[/]")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            network = rb_noisy.backbones.build_backbone(model, **options)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"the weights of {model} cannot be loaded ({error}); check the network") from error
+    card = {"name": model, "noise": None, "architecture": model, "threat_model": "Linf"}
+    return _Found(model, network, None, None, "Linf", card, None, _state_hash(network))
 
 
 def _state_hash(model: nn.Module) -> str:
@@ -218,8 +264,8 @@ def _state_hash(model: nn.Module) -> str:
 
 def rate(hits: Tensor) -> dict[str, Any]:
     """An accuracy with its 95% Wilson interval, from (n,) bool."""
-    low, high = wilson_interval(int(hits.sum()), len(hits))
-    return {"accuracy": hits.double().mean().item(), "interval": [low, high]}
+    count, n = int(hits.sum()), len(hits)
+    return {"accuracy": count / n, "interval": list(wilson_interval(count, n))}
 
 
 def percent(figures: dict[str, Any]) -> str:
@@ -240,26 +286,9 @@ def setting(subject: Subject, figures: dict[str, Any]) -> str:
     return f"{subject.dataset} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
 
 
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"--batch-size is {batch_size}; give at least 1")
-
-
 def without_target(subject: Subject) -> Subject:
     """The same subject, whose figures then do not go into its card."""
     return dataclasses.replace(subject, target=None)
-
-
-def card_of(subject: Subject, checkpoint: str) -> dict[str, Any]:
-    """A card to show the subject by: its own, its run's, or for a timm model the bare minimum. Without figures."""
-    if isinstance(subject.target, Path):
-        card = run_card(Run.open(subject.target), subject.label, checkpoint)
-    elif subject.target is not None:
-        card = read_card(subject.target, subject.zoo)
-    else:
-        card = {"name": subject.label, "noise": None, "architecture": subject.label, "clean_acc": ""}
-        card |= {"dataset": dataset_label(subject.dataset), "threat_model": subject.norm, "eps": eps_label(subject.eps)}
-    return card | {"results": {}}
 
 
 def enter(subject: Subject, results: dict[str, dict[str, Any]], json_file: Path | None) -> None:
@@ -271,8 +300,7 @@ def enter(subject: Subject, results: dict[str, dict[str, Any]], json_file: Path 
     if subject.target is None:
         console.print("figures not kept (not the model's own data set and threat model); give --json FILE to keep them")
         return
-    is_run = isinstance(subject.target, Path)
-    place = f"{subject.target / 'results.json'}" if is_run else f"the card of {subject.target}"
+    place = f"{subject.target}" if isinstance(subject.target, Path) else f"the card of {subject.target}"
     for evaluation, figures in results.items():
         try:
             entered = write_result(subject.target, evaluation, figures, subject.zoo)
@@ -284,7 +312,7 @@ def enter(subject: Subject, results: dict[str, dict[str, Any]], json_file: Path 
 
 def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor) -> Path:
     """Per-sample verdicts as an .npz, row i for test image i."""
-    file = folder / subject.label / f"{evaluation}.npz"
+    file = subject.folder(folder) / f"{evaluation}.npz"
     with atomic_path(file) as temporary:
         np.savez_compressed(
             temporary,
@@ -311,7 +339,7 @@ def in_batches(
         settings: what decides the outcome; a state file of other settings is started over.
         compute: (x on the device, y on the device, seed of this batch) → per-sample tensors.
     """
-    file = folder / subject.label / f".{stage}.state.npz"
+    file = subject.folder(folder) / f".{stage}.state.npz"
     key = json.dumps({**subject.describe(seed=settings["seed"], batch_size=batch_size), **settings, "date": None})
     parts = _read_state(file, key)
     starts = range(0, len(subject.x), batch_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval import common
 from rb_noisy.attacks import pgd
-from rb_noisy.errors import unknown_name
+from rb_noisy.errors import InputError, unknown_name
 
 # Both papers' test attack on CIFAR: ε and α in units of [0, 1]. Other models keep their own ε, with α = ε/4 as in both.
 PRESETS = {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}
@@ -23,8 +23,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PGD from one random start: the figures, and per-sample verdicts by name.
 
-    *Final iterate* scores x⁽ⁿ⁾ alone, as papers do; *any iterate* counts a sample as broken if any of x⁽⁰⁾ … x⁽ⁿ⁾ is
-    misclassified, which is lower or equal.
+    *Final iterate* scores x⁽ⁿ⁾ alone, as papers do; *any iterate* counts a sample as broken if x or any of x⁽⁰⁾ … x⁽ⁿ⁾
+    is misclassified, which is lower or equal.
     """
     settings = {"seed": seed, "eps": subject.eps, "alpha": alpha, "steps": steps}
 
@@ -42,11 +42,10 @@ def evaluate(
         )
         with torch.no_grad():
             natural = subject.model(x).argmax(1) == y
-        # A sample that is wrong as it is counts as broken: a lucky start must not mend it.
         return {
             "natural": natural,
-            "final_iterate": attack.final_correct & natural,
-            "any_iterate": ~attack.broken & natural,
+            "final_iterate": attack.final_correct,
+            "any_iterate": ~attack.broken & natural,  # x itself is in the ball too
             "kappa": attack.kappa,
         }
 
@@ -93,6 +92,8 @@ def main(
         if preset is not None:
             if preset not in PRESETS:
                 raise unknown_name("preset", preset, PRESETS)
+            if eps is not None or alpha is not None:
+                raise InputError(f"--preset {preset} sets ε and α; give it alone, or --eps and --alpha without it")
             eps, alpha = PRESETS[preset]
         subject = common.load_subject(
             model,
@@ -103,8 +104,9 @@ def main(
             eps=eps,
             data_root=data_root,
             checkpoint=checkpoint,
+            seed=seed,
+            batch_size=batch_size,
         )
-        common.check_batch_size(batch_size)
         results = run(subject, alpha=alpha, steps=steps, seed=seed, batch_size=batch_size, out=out)
         # Only the standard setting may stand in a card as PGD-n.
         keeps = alpha is None or abs(alpha - subject.eps / 4) < 1e-12

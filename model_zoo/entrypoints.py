@@ -12,7 +12,7 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-from model_zoo.registry import load_model, read_cards
+from model_zoo.registry import load_model, read_cards, timm_names
 from rb_noisy.errors import InputError
 
 
@@ -40,5 +40,5 @@ def _entrypoint(card: dict[str, Any], name: str) -> Callable[..., nn.Module]:
 
 
 for _card in read_cards():
-    for _name in (_card["name"], f"{_card['name']}_{_card['dataset']}_{_card['threat_model']}".lower()):
+    for _name in timm_names(_card):
         globals()[_name] = _entrypoint(_card, _name)

@@ -63,6 +63,11 @@ def list_models(
     )
 
 
+def timm_names(card: Card) -> tuple[str, str]:
+    """What a card's model is called in timm: its own name, and the name RobustBench forms from it."""
+    return card["name"], f"{card['name']}_{card['dataset']}_{card['threat_model']}".lower()
+
+
 def noise_kind(card: Card) -> str:
     """The kind of label noise a card's model was trained on, "none" for clean labels."""
     return card["noise"]["kind"] if card["noise"] else "none"
@@ -98,7 +103,8 @@ def _hub_folder(repo: str) -> Path:
 
 def card_files(zoo: str | Path | None = None) -> dict[str, Path]:
     """Model name → card file, from the file names alone."""
-    return {file.stem: file for file in sorted(zoo_folder(zoo).glob("model_info/*/*/*.json"))}
+    files = sorted(zoo_folder(zoo).glob("model_info/*/*/*.json"))
+    return {file.stem: file for file in files if not file.name.startswith(".")}  # a dot: not finished being written
 
 
 def read_cards(zoo: str | Path | None = None) -> list[Card]:
@@ -121,8 +127,9 @@ def read_card(name: str, zoo: str | Path | None = None) -> Card:
 def _read(file: Path) -> Card:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"name", "dataset", "threat_model", "method", "noise", "model_options", "weights"} - card.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        needed = ["name", "dataset", "threat_model", "method", "noise", "recipe", "model_options", "weights", "results"]
+        missing = set(needed) - card.keys()
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"the card {file} is damaged ({error}); get it again") from error
     if missing:
         raise InputError(f"the card {file} lacks {', '.join(sorted(missing))}; get it again")
@@ -163,7 +170,7 @@ def publish(
 ) -> Path:
     """Copy a run's weights into a zoo and write its card; the card's path.
 
-    Figures that the evaluation commands measured on the run (its `results.json`) come along.
+    Figures that the evaluation commands measured on that checkpoint of the run come along.
 
     Args:
         name: lower-case letters, digits and underscores; what `load_model` takes.
@@ -193,7 +200,7 @@ def publish(
     card["parameters"] = sum(p.numel() for p in model.parameters())
     # The hash in the file name lets the card switch from old weights to new ones in one rename.
     card["weights"] = {"file": f"{name}-{digest[:8]}.safetensors", "sha256": digest, "bytes": source.stat().st_size}
-    for evaluation, figures in read_results(run.path).items():
+    for evaluation, figures in read_results(results_file(run.path, checkpoint)).items():
         if figures["weights_sha256"] == digest:
             enter_figures(card, evaluation, figures)
     with atomic_path(root / "weights" / card["weights"]["file"]) as temporary:
@@ -274,19 +281,28 @@ def eps_label(eps: float) -> str:
     return f"{round(scaled)}/255" if float(short) != eps and abs(scaled - round(scaled)) < 1e-6 else f"{eps:g}"
 
 
-def read_results(run_dir: Path) -> dict[str, Any]:
-    """The figures measured on a run folder, by evaluation."""
-    file = run_dir / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def results_file(run_dir: str | Path, checkpoint: str) -> Path:
+    """Where the figures measured on a checkpoint of a run folder are kept."""
+    return Path(run_dir) / f"results-{checkpoint}.json"
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The figures in a `results_file`, by evaluation; none if it is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete it and evaluate again") from error
 
 
 def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], zoo: str | Path | None = None) -> bool:
-    """Enter an evaluation's figures into the card of a model, or into the `results.json` of a run folder.
+    """Enter an evaluation's figures into the card of a model, or into the `results_file` of a run folder.
 
     Figures over fewer samples never replace figures over more.
 
     Args:
-        target: a model's name, or a run folder's `Path`.
+        target: a model's name, or the `Path` of a `results_file`.
         evaluation: "autoattack", "pgd-20" or "calibration".
         figures: JSON-able; with "n" (samples), and with "weights_sha256".
 
@@ -297,7 +313,7 @@ def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], z
         results = read_results(target)
         if _keeps(results, evaluation, figures):
             return False
-        write_json(target / "results.json", results | {evaluation: figures})
+        write_json(target, results | {evaluation: figures})
         return True
     file = card_files(zoo)[target]
     card = _read(file)

@@ -106,7 +106,7 @@ def pgd(
     attack_loss = _attack_loss(loss)
     start = _start(x, eps, norm, random_start, _generator(seed, generator))
     with _mode(model, mode):
-        natural = _logits(model, x) if loss == "kl" else x.new_empty(0)
+        natural = _logits(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
         x_adv, correct = start, []
         for _ in range(steps):
             x_adv, iterate_correct = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm)
@@ -303,7 +303,7 @@ def _check(x: Tensor, y: Tensor | None, *, eps: float, alpha: float, steps: int,
     for name, value in (("eps", eps), ("alpha", alpha)):
         if not 0 <= value < float("inf"):
             raise InputError(f"{name} is {value}; give a number of at least 0, in units of the image range [0, 1]")
-    if steps != int(steps) or steps < 0:
+    if not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps is {steps}; give a whole number of at least 0")
     if x.dim() != 4:
         raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")

@@ -214,6 +214,7 @@ def _robust_part(inputs: _Inputs, robust: Any, halves: list) -> dict[str, Any]:
     stands = robust & inputs.correct
     part: dict[str, Any] = {
         "share": stands.double().mean(),
+        "interval": measures.wilson_interval(int(stands.sum()), len(stands)),
         "scores": {
             name: {"auroc": measures.auroc(score, stands), "aurc": measures.aurc(score, stands)}
             for name, score in inputs.scores.items()

@@ -45,6 +45,9 @@ def user_errors() -> Iterator[None]:
     except InputError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
+    except OSError as error:  # a full disk, a folder that cannot be written: the message names the file
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
     except TrainingDiverged as error:
         errors.print(f"[bold red]diverged:[/] {_escape(str(error))}", soft_wrap=True)
         raise typer.Exit(3) from error
@@ -89,6 +92,12 @@ def _parse_settings(settings: list[str]) -> dict[str, Any]:
         else:
             values[outer] = value
     return values
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, option by option."""
+    both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | changes | both
 
 
 @app.command()
@@ -137,11 +146,12 @@ def train(
         if recipe is not None:
             if not recipe.is_file():
                 raise InputError(f"--recipe {recipe} is no file; name a JSON file of recipe fields")
-            values = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe)).to_dict() | values
+            base = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe))
+            values = _merge(base.changes(), values)
         elif like is not None:
             from model_zoo.registry import read_card
 
-            values = read_card(like, zoo)["recipe"] | values
+            values = _merge(Recipe.from_dict(read_card(like, zoo)["recipe"]).changes(), values)
         elif resume and not values and (out / "run.json").is_file():
             values = Run.open(out).recipe.to_dict()
         chosen = Recipe.from_dict(values)
@@ -179,7 +189,7 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 def publish(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     name: Annotated[str, typer.Argument(help="What load_model will take.")],
-    zoo: Annotated[Path | None, typer.Option(help="The zoo's folder. Default: the one that ships.")] = None,
+    zoo: Annotated[str | None, typer.Option(help="The zoo's folder. Default: the one that ships.")] = None,
     checkpoint: Annotated[str, typer.Option(help="final or best.")] = "final",
     authors: Annotated[str, typer.Option(help="For the card.")] = "",
     link: Annotated[str, typer.Option(help="For the card.")] = "",

@@ -14,6 +14,7 @@ from rb_noisy.targets import TARGETS, Targets, make_targets
 
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
 PRECISIONS = ("no", "bf16")
+OPTION_FIELDS = ("noise_options", "backbone_options", "objective_options", "target_options")
 
 _CIFAR = {  # [SGLR §4]
     "backbone": "preact_resnet18",
@@ -119,8 +120,11 @@ class Recipe:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.milestones is None:
-            object.__setattr__(self, "milestones", (self.epochs // 2, self.epochs * 3 // 4))
+            decays = (max(1, self.epochs // 2), max(1, self.epochs * 3 // 4))
+            object.__setattr__(self, "milestones", decays)
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name in OPTION_FIELDS:  # in the form that JSON gives back, so that a saved recipe is the same recipe
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
         if self.targets_name.startswith("sglr") and "start_epoch" not in self.target_options:
             # The released code starts at epoch 90 of 200: the same share of a run of any length. The paper is silent.
             start = {"start_epoch": self.epochs * 90 // 200}
@@ -131,7 +135,10 @@ class Recipe:
         positive = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size}
         at_least_zero = {
             name: getattr(self, name)
-            for name in ("eps", "alpha", "steps", "momentum", "weight_decay", "validation", "track", "track_steps")
+            for name in (
+                *("eps", "alpha", "steps", "momentum", "weight_decay"),
+                *("validation", "track", "track_steps", "seed", "noise_seed"),
+            )
         }
         for name, value in (positive | at_least_zero).items():
             if not (math.isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
@@ -179,6 +186,22 @@ class Recipe:
             return self.lr * 0.5 * (1 + math.cos(math.pi * share))
         return self.lr
 
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from what data set, method and length fill in by themselves.
+
+        What to build another recipe on: with another `epochs` the milestones then move too.
+        """
+        given = self.to_dict()
+        base = Recipe(data=self.data, method=self.method, epochs=self.epochs).to_dict()
+        changes = {name: value for name, value in given.items() if value != base[name]}
+        for name in OPTION_FIELDS:
+            options = {key: value for key, value in given[name].items() if base[name].get(key) != value}
+            changes = {k: v for k, v in changes.items() if k != name} | ({name: options} if options else {})
+        always = {"data": self.data, "method": self.method}
+        if self.epochs != DATA_DEFAULTS.get(self.data, _CIFAR)["epochs"]:
+            always["epochs"] = self.epochs
+        return always | changes
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"milestones": list(self.milestones)}
 
@@ -206,6 +229,15 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
+
+
+def _as_json(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(options))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"recipe: {name} cannot be written as JSON ({error}); give text, numbers and lists, e.g. a file's name"
+        ) from error
 
 
 def _check_type(name: str, annotation: str, value: Any) -> None:

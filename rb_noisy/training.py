@@ -6,7 +6,8 @@ epoch). Each file is whole or absent. Random numbers are drawn from (seed, epoch
 draws what the uninterrupted one would have drawn.
 
 Which passes move the BatchNorm statistics: the training pass on x̃, then the one on x where the method has one (so
-that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`.
+that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`. Several
+processes each keep their own statistics within an epoch; at its end they are averaged over the processes.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def train(
 ) -> Run:
     """Carry out a recipe and leave a run folder.
 
-    Device, bf16 and several processes come from Accelerate: start with `accelerate launch` for more than one. On a CPU
-    the same recipe gives the same weights bit by bit, also when it was killed and resumed in between.
+    Device, bf16 and several processes come from Accelerate: start with `accelerate launch` (GPUs) or `torchrun` for
+    more than one. On a CPU the same recipe on the same number of processes gives the same weights bit by bit, also when
+    it was killed and resumed in between.
 
     Args:
         run_dir: the folder to write; must not hold a run unless `resume`.
@@ -80,7 +82,9 @@ class _Trainer:
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=handlers)
+        # Several processes without a GPU talk to each other only if the CPU is asked for.
+        cpu = not torch.accelerator.is_available()
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
         self.device = self.accelerator.device
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
 
@@ -92,14 +96,17 @@ class _Trainer:
 
         torch.manual_seed(_seed(recipe.seed, 0))
         statistics = _statistics(data.x_train) if recipe.normalize else {}
+        size = {"img_size": data.image_size[0]} if recipe.backbone == "small_cnn" else {}
         self.model_options = {
             "name": recipe.backbone,
             "num_classes": data.num_classes,
             "in_chans": data.in_chans,
             **statistics,
+            **size,
             **recipe.backbone_options,
         }
         self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
+        self._try_forward(data)
         self.class_names = data.class_names
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -123,7 +130,8 @@ class _Trainer:
                 if on_epoch is not None:
                     on_epoch(metrics)
             self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and not (self.path / "final.safetensors").is_file():
+        final = self.path / "final.safetensors"
+        if self.accelerator.is_main_process and (self.first_epoch < self.recipe.epochs or not final.is_file()):
             save_weights(self.model, self.path / "final.safetensors")
         self.accelerator.wait_for_everyone()
         return Run.open(self.path)
@@ -138,20 +146,22 @@ class _Trainer:
         batches = [batch for batch in order[rank::world].split(recipe.batch_size) if len(batch) > 1]
         if not batches:
             raise InputError(f"{len(self.train_index)} training samples are too few for {world} processes")
-        # A GPU is asked for its losses only now and then: every question waits for it.
-        check_every = 1 if self.device.type == "cpu" else 50
         losses, norms = [], []
         for step, batch in enumerate(batches):
             progress = epoch + step / len(batches)
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(progress)
             loss, norm = self._train_step(batch.to(self.device), epoch, progress, draws)
+            if not torch.isfinite(loss):
+                raise self._diverged(f"the loss is {loss.item()}", epoch, step)
             losses.append(loss)
             norms.append(norm)
-            if (step + 1) % check_every == 0 or step + 1 == len(batches):
-                self._stop_if_diverged(losses, epoch)
             if on_batch is not None:
                 on_batch(epoch, step + 1, len(batches))
+        self._average_buffers()
+        # The last step may have broken what its loss did not show yet; such weights are never saved.
+        if not all(torch.isfinite(v).all() for v in self.model.state_dict().values() if v.is_floating_point()):
+            raise self._diverged("the weights are no longer finite", epoch, len(batches) - 1)
         return {
             "learning_rate": recipe.learning_rate(epoch),
             "train_loss": torch.stack(losses).mean().item(),
@@ -205,16 +215,30 @@ class _Trainer:
     def _gather(self, tensor: Tensor) -> Tensor:
         return self.accelerator.gather(tensor) if self.accelerator.num_processes > 1 else tensor
 
-    def _stop_if_diverged(self, losses: list[Tensor], epoch: int) -> None:
-        finite = torch.isfinite(torch.stack(losses))
-        if not finite.all():
-            batch = int(finite.long().argmin())
-            last = self.path / "state.safetensors"
-            good = f"the last good checkpoint is {last} (epoch {epoch - 1})" if epoch else "no epoch had finished"
-            raise TrainingDiverged(
-                f"the loss is {losses[batch].item()} in epoch {epoch}, batch {batch}; {good}; "
-                "lower the learning rate (lr) or raise eps_warmup"
-            )
+    def _average_buffers(self) -> None:
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
+    def _diverged(self, what: str, epoch: int, batch: int) -> TrainingDiverged:
+        state = self.path / "state.safetensors"
+        good = f"the last good checkpoint is {state} (epoch {epoch})" if epoch else "no epoch had finished"
+        return TrainingDiverged(
+            f"{what} in epoch {epoch + 1}, batch {batch + 1}; {good}; lower the learning rate (lr) or raise eps_warmup"
+        )
+
+    @torch.no_grad()
+    def _try_forward(self, data: Dataset) -> None:
+        """Find out before anything is written that the network cannot take these images."""
+        try:
+            self.model.eval()(data.x_train[:2])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            shape = "x".join(str(side) for side in data.x_train.shape[1:])
+            raise InputError(
+                f"backbone {self.recipe.backbone!r} cannot take the {shape} images of {data.name} ({error}); "
+                "choose another, or set its size in backbone_options"
+            ) from error
 
     @torch.no_grad()
     def _measure(self, epoch: int) -> dict[str, Any]:
@@ -288,7 +312,9 @@ class _Trainer:
     def _begin(self, resume: bool) -> tuple[int, float]:
         """Write `run.json`, or take up the run that is there: the first epoch to do, and the best score so far."""
         description = self.path / "run.json"
-        if not description.exists():
+        fresh = not description.exists()
+        self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
+        if fresh:
             if self.accelerator.is_main_process:
                 write_json(
                     description,
@@ -298,7 +324,6 @@ class _Trainer:
                         "class_names": self.class_names,
                     },
                 )
-            self.accelerator.wait_for_everyone()
             return 0, -math.inf
         if not resume:
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another folder")
@@ -330,16 +355,22 @@ class _Trainer:
         save_tensors(tensors, self.path / "state.safetensors", {"epoch": str(epoch), "best": repr(self.best)})
 
     def _restore(self, file: Path) -> tuple[int, float]:
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "optimizer": {}}
         try:
-            tensors = load_file(file, device=str(self.device))
+            for name, tensor in load_file(file).items():
+                group, _, rest = name.partition(".")
+                groups[group][rest] = tensor
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()
-        except (SafetensorError, OSError) as error:
+            epoch, best = int(metadata["epoch"]), float(metadata["best"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file} is damaged ({error}); delete it to start over, or restore a copy") from error
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            group, _, rest = name.partition(".")
-            groups[group][rest] = tensor
+        lines = len(read_metrics(self.path))
+        if lines <= epoch:
+            raise InputError(
+                f"{self.path / 'metrics.jsonl'} has {lines} lines but {epoch + 1} epochs are finished; restore it, or "
+                "delete state.safetensors to start over"
+            )
         self.model.load_state_dict(groups["model"])
         self.record.load_state_dict(groups["record"])
         optimizer = self.optimizer.state_dict()
@@ -350,7 +381,7 @@ class _Trainer:
             for number, buffer in groups["optimizer"].items()
         }
         self.optimizer.load_state_dict(optimizer)
-        return int(metadata["epoch"]) + 1, float(metadata["best"])
+        return epoch + 1, best
 
 
 def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:

@@ -110,6 +110,19 @@ def test_more_steps_raise_the_loss_under_each_loss():
         assert values[1] > values[0] > loss(model(x), model(x), y).item(), name
 
 
+def test_a_callable_loss_gets_the_natural_logits():
+    model, (x, y) = small_net(), samples()
+    seen = []
+
+    def loss(logits, natural, labels):
+        seen.append(natural)
+        return ATTACK_LOSSES["ce"](logits, natural, labels)
+
+    x_adv = pgd(model, x, y, eps=0.1, alpha=0.02, steps=2, loss=loss, seed=0).x_adv
+    torch.testing.assert_close(seen[0], model(x))
+    assert torch.equal(x_adv, pgd(model, x, y, eps=0.1, alpha=0.02, steps=2, seed=0).x_adv)
+
+
 def test_fgsm_is_one_full_step_from_the_image():
     model, (x, y) = small_net(), samples()
     gradient = torch.autograd.grad(F.cross_entropy(model(x.requires_grad_()), y), x)[0]

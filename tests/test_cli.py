@@ -25,6 +25,7 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
     settings += ["normalize=false", "target_options.r=0.4"]
     options = [part for setting in settings for part in ("--set", setting)]
     noise = ["--noise", "pair", "--noise-rate", 0.2]
+    target = ["--set", "target_options.momentum=0.5"]
     trained = call(
         "train", "--data", f"npz:{tiny_data}", "--method", "trades+sglr", *noise, "--epochs", 2, "--out", run, *options
     )
@@ -41,6 +42,14 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
     assert Run.open(tmp_path / "again").recipe == recipe
     weights = [(folder / "final.safetensors").read_bytes() for folder in (run, tmp_path / "again")]
     assert weights[0] == weights[1], "a card's recipe makes its weights again"
+    longer = call("train", "--like", "mine", "--zoo", zoo, "--out", tmp_path / "b", "--epochs", 4, *target)
+    assert longer.exit_code == 0, longer.output
+    recipe = Run.open(tmp_path / "b").recipe
+    assert recipe.milestones == (2, 3), "what the length of the run decides moves with it"
+    assert recipe.target_options == {"r": 0.4, "momentum": 0.5, "start_epoch": 4 * 90 // 200}
+    refused = call("publish", run, "other", "--zoo", "hf://me/zoo")
+    assert refused.exit_code == 2
+    assert "publish into a folder" in refused.output
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,9 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
         (["--recipe", "nowhere.json"], "is no file"),
         (["--like", "no_such_model", "--recipe", "x.json"], "give one of them"),
         ([], "names no data set"),
+        (["--data", "digits", "--seed", "-1"], "seed is -1"),
+        (["--data", "digits", "--backbone", "small_cnn"], "at least 16x16"),
+        (["--data", "digits", "--backbone", "vit_tiny_patch16_224"], "cannot take the 1x8x8 images of digits"),
     ],
 )
 def test_bad_requests_end_in_one_clear_line_and_leave_nothing(arguments, words, tmp_path):

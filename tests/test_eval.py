@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 import eval.common
 import eval.pgd
-from eval import calibration, pgd
+from eval import autoattack, calibration, pgd
 from model_zoo import registry
 from rb_noisy.attacks import pgd as attack
 from rb_noisy.data import load_data
+from rb_noisy.files import sha256
 from rb_noisy.training import train
 
 COUNT = 12
@@ -62,12 +63,16 @@ def call(main, *arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
+def folder(out, run):
+    return out / f"tiny-{sha256(run.path / 'final.safetensors')[:8]}"
+
+
 @pytest.fixture(scope="module")
 def everything(run, tmp_path_factory):
     """One command on a run folder, from another directory."""
     out = tmp_path_factory.mktemp("everything")
     done = command("eval", "--model", run.path, "--n", COUNT, "--out", out, cwd=out)
-    return done.stdout, registry.read_results(run.path), out / "tiny"
+    return done.stdout, registry.read_results(registry.results_file(run.path, "final")), folder(out, run)
 
 
 def test_one_command_measures_everything_and_says_where_the_model_stands(everything):
@@ -76,11 +81,12 @@ def test_one_command_measures_everything_and_says_where_the_model_stands(everyth
     for words in ("PGD-20", "AutoAttack, standard version", "Calibration of tiny", "tiny is 1st of 1 on quadrants"):
         assert words in stdout
     for figures in results.values():
-        described = {"dataset", "split", "n", "of", "norm", "eps", "seed", "date", "weights_sha256", "alpha", "attack"}
-        assert described - {"alpha"} <= figures.keys()
+        assert {"dataset", "split", "n", "of", "norm", "eps", "seed", "date", "attack"} <= figures.keys()
         assert (figures["n"], figures["of"], figures["eps"]) == (COUNT, 60, 0.15)
-    low, high = results["autoattack"]["interval"]
-    assert low <= results["autoattack"]["accuracy"] <= high
+    for rate in (*results["autoattack"]["after"].values(), results["pgd-20"]["final_iterate"], results["autoattack"]):
+        low, high = rate["interval"]
+        assert low <= rate["accuracy"] <= high
+    assert results["autoattack"]["after"]["square"]["accuracy"] == results["autoattack"]["accuracy"]
     assert (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,7 +119,7 @@ def test_autoattack_goes_on_after_a_real_sigkill_to_the_same_verdicts(run, every
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    state = tmp_path / "tiny" / ".autoattack.state.npz"
+    state = folder(tmp_path, run) / ".autoattack.state.npz"
     deadline = time.monotonic() + 100
     while not state.exists():
         assert process.poll() is None
@@ -124,7 +130,7 @@ def test_autoattack_goes_on_after_a_real_sigkill_to_the_same_verdicts(run, every
     assert not (tmp_path / "figures.json").exists()
     command("eval.autoattack", *arguments, cwd=tmp_path)
     assert not state.exists(), "a finished evaluation leaves nothing to resume"
-    with np.load(finished / "autoattack.npz") as whole, np.load(tmp_path / "tiny" / "autoattack.npz") as resumed:
+    with np.load(finished / "autoattack.npz") as whole, np.load(folder(tmp_path, run) / "autoattack.npz") as resumed:
         assert whole["broken_by"].tolist() == resumed["broken_by"].tolist()
 
 
@@ -136,7 +142,7 @@ def test_pgd_figures_are_those_of_the_library(run, tmp_path):
     model = run.load()
     found = attack(model, data.x_test, data.y_test, eps=0.15, alpha=0.0375, steps=20, seed=seed, evaluate_final=True)
     right = model(data.x_test).argmax(1) == data.y_test
-    assert figures["final_iterate"]["accuracy"] == pytest.approx((found.final_correct & right).double().mean().item())
+    assert figures["final_iterate"]["accuracy"] == pytest.approx(found.final_correct.double().mean().item())
     assert figures["any_iterate"]["accuracy"] == pytest.approx((~found.broken & right).double().mean().item())
 
 
@@ -191,10 +197,9 @@ def test_a_timm_network_is_evaluated_on_a_named_data_set(tiny_data, tmp_path):
 
 
 def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
+    folder(tmp_path, run).mkdir()
     arrays = {"robust": np.ones(60, bool), "eps": 0.15, "y": load_data(run.recipe.data).y_test.numpy()}
-    np.savez(folder / "autoattack.npz", weights_sha256="other weights", **arrays)
+    np.savez(folder(tmp_path, run) / "autoattack.npz", weights_sha256="other weights", **arrays)
     result = call(calibration.main, "--model", run.path, "--out", tmp_path, "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
     assert "run eval.autoattack first" in result.output
@@ -212,19 +217,57 @@ def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, 
         (["--model", "RUN", "--dataset", "digits"], "tells 4 classes apart but digits has 10"),
         (["--model", "RUN", "--preset", "sgrl"], "did you mean sglr"),
         (["--model", "RUN", "--checkpoint", "first"], "give 'best' or 'final'"),
-        (["--model", "RUN", "--eps", "-1"], "eps is -1"),
+        (["--model", "RUN", "--eps", "-1"], "--eps is -1"),
+        (["--model", "RUN", "--seed", "-1"], "--seed is -1"),
+        (["--model", "RUN", "--device", "gpu"], "--device gpu cannot be used"),
+        (["--model", "RUN", "--preset", "nl", "--alpha", "0.1"], "give it alone"),
+        (["--model", "small_cnn", "--dataset", "digits", "--eps", "0.1"], "cannot take the images of digits"),
+        (["--model", "at_digits", "--zoo", "ZOO"], "unknown model 'at_digits'"),
     ],
 )
 def test_bad_requests_end_in_one_clear_line_and_code_2(arguments, words, run, tmp_path):
-    arguments = [str(run.path) if a == "RUN" else a for a in arguments]
+    zoo = tmp_path / "zoo"
+    registry.publish(run.path, "mine", zoo=zoo)
+    arguments = [{"RUN": str(run.path), "ZOO": str(zoo)}.get(a, a) for a in arguments]
     result = call(pgd.main, *arguments, "--out", tmp_path)
     assert result.exit_code == 2, result.output
     assert words in result.output
     assert "Traceback" not in result.output
 
 
+def test_figures_of_best_and_final_weights_are_kept_apart(run, tmp_path):
+    for checkpoint in ("final", "best"):
+        arguments = ["--model", run.path, "--out", tmp_path, "--n", 60 if checkpoint == "final" else 30]
+        assert call(pgd.main, *arguments, "--checkpoint", checkpoint).exit_code == 0
+    counts = {c: registry.read_results(registry.results_file(run.path, c))["pgd-20"]["n"] for c in ("final", "best")}
+    assert counts == {"final": 60, "best": 30}
+
+
+def test_a_model_is_found_by_its_robustbench_name_too(run, tmp_path):
+    zoo, file = tmp_path / "zoo", tmp_path / "f.json"
+    registry.publish(run.path, "mine", zoo=zoo)
+    arguments = ["--model", "mine_quadrants_linf", "--zoo", zoo, "--out", tmp_path, "--json", file]
+    assert call(pgd.main, *arguments).exit_code == 0
+    natural = json.loads(file.read_text())["pgd-20"]["natural"]["accuracy"]
+    assert natural == pytest.approx(run.metrics[-1]["test_natural_acc"], abs=0.2)
+    assert natural > 0.5, "a random network tells four classes apart by chance"
+
+
+def test_three_classes_are_attacked_without_the_loss_that_needs_four(tiny_data, tmp_path):
+    with np.load(tiny_data) as arrays:
+        keep = {part: arrays[f"y_{part}"] < 3 for part in ("train", "test")}
+        three = {name: arrays[name][keep[name[2:]]] for name in arrays.files}
+    np.savez(tmp_path / "three.npz", **three)
+    options = ["--model", "resnet8_narrow", "--dataset", f"npz:{tmp_path / 'three.npz'}", "--n", 2, "--eps", 0.5]
+    result = call(autoattack.main, *options, "--out", tmp_path, "--json", tmp_path / "f.json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "f.json").read_text())["autoattack"]
+    assert list(figures["after"]) == ["apgd-ce", "fab-t", "square"]
+    assert "without APGD-T" in figures["attack"]
+
+
 def test_a_damaged_state_is_named_and_a_state_of_other_settings_started_over(run, tmp_path):
-    state = tmp_path / "tiny" / ".pgd-20.state.npz"
+    state = folder(tmp_path, run) / ".pgd-20.state.npz"
     state.parent.mkdir()
     state.write_bytes(b"PK no zip")
     result = call(pgd.main, "--model", run.path, "--out", tmp_path)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rb_noisy.data import load_data
@@ -160,10 +160,66 @@ def test_a_loss_that_is_no_number_names_epoch_batch_and_checkpoint(tiny_recipe, 
 
     with pytest.raises(TrainingDiverged) as error:
         trainer.run(poison, None)
-    for words in ("loss is nan", "epoch 1, batch 2", str(tmp_path / "run" / "state.safetensors"), "(epoch 0)"):
+    for words in ("loss is nan", "epoch 2, batch 3", str(tmp_path / "run" / "state.safetensors"), "(epoch 1)"):
         assert words in str(error.value)
     state = load_file(tmp_path / "run" / "state.safetensors")
     assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+
+
+def test_weights_that_the_last_step_broke_are_never_saved(tiny_recipe, tmp_path):
+    trainer = _Trainer(tiny_recipe(epochs=3), tmp_path / "run", False, None)
+
+    def poison(epoch, batch, batches):
+        if epoch == 1 and batch == batches:
+            with torch.no_grad():
+                trainer.model.head.fc.weight.fill_(float("inf"))
+
+    with pytest.raises(TrainingDiverged, match=r"no longer finite in epoch 2.*\(epoch 1\)"):
+        trainer.run(poison, None)
+    for file in ("state", "best"):
+        state = load_file(tmp_path / "run" / f"{file}.safetensors")
+        assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point() and "loss" not in file)
+    assert not (tmp_path / "run" / "final.safetensors").exists()
+
+
+def test_every_setting_of_the_recipe_reaches_the_training_step(tiny_recipe, tmp_path, monkeypatch):
+    import rb_noisy.training as module
+
+    seen, real = [], module.pgd
+
+    def attack(*args, **kwargs):
+        seen.append(kwargs | {"images": args[1]})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "pgd", attack)
+    recipe = tiny_recipe(
+        method="trades",
+        augment=True,
+        eps_warmup=0.5,
+        epochs=4,
+        norm="L2",
+        eps=1.0,
+        alpha=0.4,
+        attack_mode="train",
+        momentum=0.7,
+        weight_decay=0.01,
+        schedule="cosine",
+    )
+    trainer = _Trainer(recipe, tmp_path / "run", False, None)
+    rates = []
+    trainer._measure = lambda epoch: {"selection_pgd_acc": 0.0}
+    trainer.run(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]), None)
+    batches = len(seen) // 4
+    assert [s["eps"] for s in seen[::batches]] == pytest.approx([0, 0.5, 1, 1])
+    assert [s["alpha"] for s in seen[::batches]] == pytest.approx([0, 0.2, 0.4, 0.4])
+    settings = {"norm": "L2", "loss": "kl", "random_start": "gaussian", "mode": "train", "steps": 3}
+    assert all(s[name] == value for s in seen for name, value in settings.items())
+    assert rates == pytest.approx([recipe.learning_rate(i / batches) for i in range(4 * batches)])
+    group = trainer.optimizer.param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.7, 0.01)
+    plain = load_data(recipe.data).x_train
+    unchanged = [(image == plain).flatten(1).all(1).any().item() for image in seen[0]["images"]]
+    assert sum(unchanged) < len(unchanged) / 4, "augmented"
 
 
 def test_which_passes_move_the_batchnorm_statistics(tiny_recipe, tmp_path):
@@ -230,22 +286,34 @@ def test_bf16_and_any_timm_network_train(tiny_recipe, tmp_path):
 
 
 def test_two_processes_train_one_model(tiny_recipe, tmp_path):
-    (tmp_path / "recipe.json").write_text(json.dumps(tiny_recipe(method="pgd-at+sglr", batch_size=16).to_dict()))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rb_noisy"]
-    arguments = ["train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
+    """Whole, and stopped after an epoch and resumed: the same weights; each process has seen the samples of both."""
+    recipe = tiny_recipe(method="trades+sglr", batch_size=16, epochs=3)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    (tmp_path / "program.py").write_text(
+        "import os, sys, time\nfrom rb_noisy import Recipe, train\n"
+        "assert os.environ['WORLD_SIZE'] == '2'\n"
+        f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
+        "time.sleep(int(os.environ['RANK']))  # the late one must not take the folder for another run's\n"
+        "def stop(line):\n    if len(sys.argv) > 2: os._exit(9)\n"
+        "train(recipe, sys.argv[1], resume=True, on_epoch=stop)\n"
     )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "program.py")]
+
+    def launch(*arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=180)
+
+    done = launch(str(tmp_path / "whole"))
     assert done.returncode == 0, done.stderr[-3000:]
-    run = Run.open(tmp_path / "run")
-    assert run.finished
-    assert len(run.metrics) == 2
-    record = load_file(run.path / "state.safetensors")
-    assert (record["record.kappa"] >= 0).all(), "each process must see the samples of both"
+    assert launch(str(tmp_path / "parts"), "stop").returncode != 0
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 1
+    done = launch(str(tmp_path / "parts"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, parts = Run.open(tmp_path / "whole"), Run.open(tmp_path / "parts")
+    assert same(weights(whole), weights(parts))
+    state = load_file(whole.path / "state.safetensors")
+    assert (state["record.kappa"] >= 0).all()
+    assert not same(weights(whole), weights(train(recipe, tmp_path / "one"))), "twice the batch, half the steps"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +322,8 @@ def test_two_processes_train_one_model(tiny_recipe, tmp_path):
         (lambda path: (path / "state.safetensors").write_bytes(b"no"), "state.safetensors is damaged"),
         (lambda path: (path / "run.json").write_text("{"), "run.json is damaged"),
         (lambda path: (path / "metrics.jsonl").write_text("{"), "metrics.jsonl is damaged"),
+        (lambda path: (path / "metrics.jsonl").unlink(), "has 0 lines but 1 epochs are finished"),
+        (lambda path: save_file({"a.b": torch.zeros(1)}, path / "state.safetensors"), "state.safetensors is damaged"),
     ],
 )
 def test_damaged_run_files_are_named(damage, words, tiny_recipe, tmp_path):
@@ -275,7 +345,8 @@ def test_another_run_is_never_overwritten(tiny_recipe, tmp_path):
 
 
 def test_recipes_survive_json_and_fill_in_their_data_sets_defaults():
-    recipe = Recipe(data="mnist", method="trades+ls", noise="pair", noise_rate=0.3)
+    noise = {"noise": "asymmetric", "noise_rate": 0.3, "noise_options": {"class_map": {9: 1}}}
+    recipe = Recipe(data="mnist", method="trades+ls", **noise)
     assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
     assert (recipe.backbone, recipe.eps) == ("small_cnn", 0.3)
     cifar = Recipe(data="cifar10")
@@ -315,6 +386,18 @@ def test_bad_recipes_are_named(fields, words):
     with pytest.raises(InputError) as error:
         Recipe(data="digits", **fields)
     assert words in str(error.value)
+
+
+def test_what_a_recipe_changes_is_what_was_given():
+    given = {"data": "digits", "method": "pgd-at+sglr", "epochs": 30, "lr": 0.05, "target_options": {"r": 0.4}}
+    assert Recipe(**given).changes() == given
+    assert Recipe.from_dict(Recipe(**given).changes()) == Recipe(**given)
+    assert Recipe(data="digits").changes() == {"data": "digits", "method": "pgd-at"}
+
+
+def test_options_that_are_no_json_are_named(tmp_path):
+    with pytest.raises(InputError, match="noise_options cannot be written as JSON"):
+        Recipe(data="digits", noise="human", noise_options={"file": tmp_path / "labels.npy"})
 
 
 def test_unknown_recipe_fields_are_named():

@@ -129,11 +129,18 @@ def test_figures_enter_the_card_and_fewer_samples_never_replace_more(zoo):
 def test_figures_measured_on_a_run_folder_are_published_with_it(run, tmp_path):
     registry.publish(run.path, "first", zoo=tmp_path / "zoo")
     card = registry.read_card("first", tmp_path / "zoo")
-    assert registry.write_result(run.path, "autoattack", figures(card, 60, 0.25))
-    stale = figures(card, 60, 0.9) | {"weights_sha256": "another checkpoint"}
-    assert registry.write_result(run.path, "pgd-20", stale)
+    file = registry.results_file(run.path, "final")
+    assert registry.write_result(file, "autoattack", figures(card, 60, 0.25))
+    stale = figures(card, 60, 0.9) | {"weights_sha256": "other weights"}
+    assert registry.write_result(file, "pgd-20", stale)
+    assert registry.write_result(registry.results_file(run.path, "best"), "pgd-20", figures(card, 60, 0.1))
     registry.publish(run.path, "second", zoo=tmp_path / "zoo")
     assert list(registry.read_card("second", tmp_path / "zoo")["results"]) == ["autoattack"]
+
+
+def test_a_card_that_is_still_being_written_is_not_seen(zoo):
+    (card_file(zoo).parent / ".other.123.tmp.json").write_text("{")
+    assert rb_noisy.list_models(zoo=zoo) == ["tiny"]
 
 
 def test_a_zoo_on_the_hub_is_a_zoo(zoo, monkeypatch):

@@ -290,12 +290,16 @@ def test_two_processes_train_one_model(tiny_recipe, tmp_path):
     recipe = tiny_recipe(method="trades+sglr", batch_size=16, epochs=3)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     (tmp_path / "program.py").write_text(
-        "import os, sys, time\nfrom rb_noisy import Recipe, train\n"
-        "assert os.environ['WORLD_SIZE'] == '2'\n"
+        "import os, sys, time, torch\nfrom pathlib import Path\nfrom rb_noisy import Recipe\n"
+        "from rb_noisy.training import _Trainer\n"
         f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
         "time.sleep(int(os.environ['RANK']))  # the late one must not take the folder for another run's\n"
         "def stop(line):\n    if len(sys.argv) > 2: os._exit(9)\n"
-        "train(recipe, sys.argv[1], resume=True, on_epoch=stop)\n"
+        "trainer = _Trainer(recipe, Path(sys.argv[1]), True, None)\n"
+        "trainer.run(None, stop)\n"
+        "state = torch.cat([v.double().flatten() for v in trainer.model.state_dict().values()])[None]\n"
+        "both = trainer.accelerator.gather(state)\n"
+        "assert len(both) == 2 and torch.equal(both[0], both[1]), 'the processes have drifted apart'\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "program.py")]
 

@@ -1,0 +1,37 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from eval.leaderboard import leaderboard_rows, render_markdown
+from model_zoo.registry import read_cards
+
+README = Path(__file__).parents[1] / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is in the repository, not in the package")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_the_tables_are_those_of_the_cards(dataset):
+    cards = [card for card in read_cards() if card["dataset"] == dataset]
+    table = render_markdown(leaderboard_rows(cards, []))
+    assert table.strip() in README.read_text(encoding="utf-8")
+
+
+def test_the_first_example_runs_as_it_stands():
+    example = next(block for block in blocks("python") if "load_model" in block)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["attack"].kappa.shape == (540,)
+
+
+def test_both_set_up_commands_are_there():
+    first, second = (block.strip() for block in blocks("bash")[:2])
+    assert first.startswith("python3 -m venv")
+    assert first.endswith("-m eval --model sglr_digits")
+    assert second.startswith("python3 -m venv")
+    assert second.endswith("pytest")

@@ -22,8 +22,8 @@ class SampleRecord:
     Attributes:
         average: (N, K) float32, p̄ of [SGLR] eq. 8; starts at the one-hot given label, as the released code does.
         kappa: (N,) int64, κ from the last training attack, −1 before the first (small = suspicious).
-        loss: (N,) float32, cross entropy with the given label in the last training pass, NaN before the first
-            (large = suspicious).
+        loss: (N,) float32, cross entropy with the given label in the last training pass (on x̃ where the method
+            attacks, else on x), NaN before the first (large = suspicious).
     """
 
     def __init__(self, labels: Tensor, num_classes: int):

@@ -201,7 +201,7 @@ class _Trainer:
                 natural = self.wrapped(x)
         target = refine(self.targets, self.record, index, y, natural, adversarial, epoch, self._gather)
         loss = objective(natural, adversarial, target)
-        logits = adversarial if natural is None else natural
+        logits = natural if adversarial is None else adversarial
         with torch.no_grad():
             per_sample = F.cross_entropy(logits.float(), y, reduction="none")
             self.record.loss[self._gather(index)] = self._gather(per_sample)

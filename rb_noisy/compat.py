@@ -50,6 +50,10 @@ def install() -> None:
         if _installed:
             return
         _installed = True
+    if "robustbench" not in sys.modules:
+        # An import that failed half-way leaves submodules behind, which a new package would not know as its own.
+        for name in [name for name in sys.modules if name.startswith("robustbench.")]:
+            del sys.modules[name]
     # Outside the lock, as a callback may wait for another thread's import.
     after_import("robustbench.model_zoo.enums", _add_datasets)
     after_import("robustbench.model_zoo.models", _add_model_tables)

@@ -217,6 +217,7 @@ except ModuleNotFoundError:
     compat.install()
     import robustbench, robustbench.loaders
     assert has_real or "pkg_resources" not in sys.modules
+    assert robustbench.utils is sys.modules["robustbench.utils"]
     assert "pyautoattack" not in sys.modules
     from robustbench.model_zoo.enums import BenchmarkDataset
     assert robustbench.utils.DATASET_CLASSES[BenchmarkDataset("digits")] == 10

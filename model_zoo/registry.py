@@ -332,6 +332,9 @@ def _keeps(results: dict[str, Any], evaluation: str, figures: dict[str, Any]) ->
 def enter_figures(card: Card, evaluation: str, figures: dict[str, Any]) -> None:
     """Put an evaluation's figures into a card in memory, RobustBench's own fields included."""
     card["results"][evaluation] = figures
+    measured = [card["results"][name] for name in ("pgd-20", "autoattack") if name in card["results"]]
+    if measured:
+        natural = max(measured, key=lambda result: result["n"])["natural"]
+        card["clean_acc"] = f"{100 * natural['accuracy']:.2f}"
     if evaluation == "autoattack":
-        card["clean_acc"] = f"{100 * figures['natural']['accuracy']:.2f}"
         card["autoattack_acc"] = f"{100 * figures['accuracy']:.2f}"

@@ -22,6 +22,7 @@ def main(
     eps: common.EpsOption = None,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,
+    replace: common.ReplaceOption = False,
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
@@ -45,7 +46,7 @@ def main(
         for evaluation in (pgd, autoattack, calibration):
             measured = evaluation.run(subject, seed=seed, batch_size=batch_size, out=out)
             results |= measured
-            common.enter(subject, results if json_file else measured, json_file)
+            common.enter(subject, results if json_file else measured, json_file, out, replace)
         autoattack.forget_progress(subject, out)
         show_standing(subject, results)
 

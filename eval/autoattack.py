@@ -88,6 +88,7 @@ def main(
     eps: common.EpsOption = None,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,
+    replace: common.ReplaceOption = False,
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
@@ -107,7 +108,7 @@ def main(
             batch_size=batch_size,
         )
         results = run(subject, seed=seed, batch_size=batch_size, out=out)
-        common.enter(subject, results, json_file)
+        common.enter(subject, results, json_file, out, replace)
         forget_progress(subject, out)
 
 

@@ -105,6 +105,7 @@ def main(
     kappa_steps: Annotated[int | None, typer.Option(help="n of κ. Default: 10, and 40 on mnist, as in [NL].")] = None,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,
+    replace: common.ReplaceOption = False,
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
@@ -124,7 +125,7 @@ def main(
             batch_size=batch_size,
         )
         results = run(subject, seed=seed, batch_size=batch_size, out=out, kappa_steps=kappa_steps)
-        common.enter(subject, results, json_file)
+        common.enter(subject, results, json_file, out, replace)
 
 
 def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:

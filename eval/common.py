@@ -47,6 +47,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Of every random number.
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the figures here instead of into the card or run folder.")
 ]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Replace figures over as many samples or more in the card or run folder.")
+]
 OutOption = Annotated[
     Path, typer.Option("--out", help="Where verdicts, plots and what resumes an interrupted evaluation are kept.")
 ]
@@ -291,22 +294,32 @@ def without_target(subject: Subject) -> Subject:
     return dataclasses.replace(subject, target=None)
 
 
-def enter(subject: Subject, results: dict[str, dict[str, Any]], json_file: Path | None) -> None:
+def enter(
+    subject: Subject, results: dict[str, dict[str, Any]], json_file: Path | None, out: Path, replace: bool
+) -> None:
     """Put the figures, by evaluation, where they belong, and say where that is."""
+    for evaluation, figures in results.items():
+        write_json(subject.folder(out) / f"{evaluation}.json", {"model": subject.label, evaluation: figures})
     if json_file is not None:
         write_json(json_file, {"model": subject.label, **results})
         console.print(f"figures: {json_file}", soft_wrap=True)
         return
     if subject.target is None:
-        console.print("figures not kept (not the model's own data set and threat model); give --json FILE to keep them")
+        console.print(
+            f"figures: {subject.folder(out)}, not the card (not the model's own data set and threat model)",
+            soft_wrap=True,
+        )
         return
     place = f"{subject.target}" if isinstance(subject.target, Path) else f"the card of {subject.target}"
     for evaluation, figures in results.items():
         try:
-            entered = write_result(subject.target, evaluation, figures, subject.zoo)
+            entered = write_result(subject.target, evaluation, figures, subject.zoo, replace=replace)
         except OSError as error:
             raise InputError(f"{place} cannot be written ({error}); give --json FILE") from error
-        outcome = f"entered into {place}" if entered else f"not entered: {place} has them over more samples"
+        kept = (
+            f"in {subject.folder(out)}; {place} keeps those it has over as many samples or more (--replace to change)"
+        )
+        outcome = f"entered into {place}" if entered else kept
         console.print(f"{evaluation} figures {outcome}", soft_wrap=True)
 
 

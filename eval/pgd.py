@@ -83,6 +83,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,
+    replace: common.ReplaceOption = False,
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
@@ -110,7 +111,7 @@ def main(
         results = run(subject, alpha=alpha, steps=steps, seed=seed, batch_size=batch_size, out=out)
         # Only the standard setting may stand in a card as PGD-n.
         keeps = alpha is None or abs(alpha - subject.eps / 4) < 1e-12
-        common.enter(subject if keeps else common.without_target(subject), results, json_file)
+        common.enter(subject if keeps else common.without_target(subject), results, json_file, out, replace)
 
 
 def heading(subject: common.Subject, figures: dict[str, Any]) -> str:

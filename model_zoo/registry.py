@@ -296,10 +296,18 @@ def read_results(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged ({error}); delete it and evaluate again") from error
 
 
-def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], zoo: str | Path | None = None) -> bool:
+def write_result(
+    target: str | Path,
+    evaluation: str,
+    figures: dict[str, Any],
+    zoo: str | Path | None = None,
+    *,
+    replace: bool = False,
+) -> bool:
     """Enter an evaluation's figures into the card of a model, or into the `results_file` of a run folder.
 
-    Figures over fewer samples never replace figures over more.
+    Figures that are there already, over as many samples or more of the same weights, stay unless `replace`: evaluating
+    a shipped model again does not change its card.
 
     Args:
         target: a model's name, or the `Path` of a `results_file`.
@@ -311,13 +319,13 @@ def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], z
     """
     if isinstance(target, Path):
         results = read_results(target)
-        if _keeps(results, evaluation, figures):
+        if not replace and _keeps(results, evaluation, figures):
             return False
         write_json(target, results | {evaluation: figures})
         return True
     file = card_files(zoo)[target]
     card = _read(file)
-    if _keeps(card["results"], evaluation, figures):
+    if not replace and _keeps(card["results"], evaluation, figures):
         return False
     enter_figures(card, evaluation, figures)
     write_json(file, card)
@@ -326,7 +334,7 @@ def write_result(target: str | Path, evaluation: str, figures: dict[str, Any], z
 
 def _keeps(results: dict[str, Any], evaluation: str, figures: dict[str, Any]) -> bool:
     old = results.get(evaluation)
-    return bool(old and old["weights_sha256"] == figures["weights_sha256"] and old["n"] > figures["n"])
+    return bool(old and old["weights_sha256"] == figures["weights_sha256"] and old["n"] >= figures["n"])
 
 
 def enter_figures(card: Card, evaluation: str, figures: dict[str, Any]) -> None:

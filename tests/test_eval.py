@@ -63,8 +63,8 @@ def call(main, *arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
-def folder(out, run):
-    return out / f"tiny-{sha256(run.path / 'final.safetensors')[:8]}"
+def folder(out, run, label="tiny"):
+    return out / f"{label}-{sha256(run.path / 'final.safetensors')[:8]}"
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +171,18 @@ def test_figures_enter_the_card_of_a_zoo_model_unless_its_setting_is_another(run
     registry.publish(run.path, "mine", zoo=zoo)
     before = registry.read_card("mine", zoo)["results"].get("pgd-20")
     common = ["--model", "mine", "--zoo", zoo, "--out", tmp_path]
-    assert "not kept" in call(pgd.main, *common, "--eps", 0.05).output
-    assert "not kept" in call(pgd.main, *common, "--alpha", 0.01).output
+    assert "not the card" in call(pgd.main, *common, "--eps", 0.05).output
+    assert "not the card" in call(pgd.main, *common, "--alpha", 0.01).output
     assert registry.read_card("mine", zoo)["results"].get("pgd-20") == before
     assert call(pgd.main, *common).exit_code == 0
     assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
-    assert "more samples" in call(pgd.main, *common, "--n", 10).output
-    assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
+    assert json.loads((folder(tmp_path, run, "mine") / "pgd-20.json").read_text())["pgd-20"]["n"] == 60
+    card = registry.read_card("mine", zoo)
+    for other in (["--n", 10], ["--seed", 1]):
+        assert "keeps those it has" in call(pgd.main, *common, *other).output
+        assert registry.read_card("mine", zoo) == card
+    assert "entered" in call(pgd.main, *common, "--seed", 1, "--replace").output
+    assert registry.read_card("mine", zoo)["results"]["pgd-20"]["seed"] == 1
 
 
 def test_presets_are_the_papers_settings(run, tmp_path):

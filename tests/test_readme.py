@@ -32,6 +32,6 @@ def test_the_first_example_runs_as_it_stands():
 def test_both_set_up_commands_are_there():
     first, second = (block.strip() for block in blocks("bash")[:2])
     assert first.startswith("python3 -m venv")
-    assert first.endswith("-m eval --model sglr_digits")
+    assert first.endswith("-m eval --model sglr_digits --batch-size 540")
     assert second.startswith("python3 -m venv")
     assert second.endswith("pytest")

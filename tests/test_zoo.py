@@ -117,13 +117,16 @@ def figures(card, n, accuracy):
     return {"n": n, "weights_sha256": card["weights"]["sha256"], "natural": rate, **rate}
 
 
-def test_figures_enter_the_card_and_fewer_samples_never_replace_more(zoo):
+def test_figures_enter_the_card_and_those_there_are_not_replaced_unasked(zoo):
     card = registry.read_card("tiny", zoo)
     assert registry.write_result("tiny", "autoattack", figures(card, 60, 0.25), zoo)
-    assert not registry.write_result("tiny", "autoattack", figures(card, 10, 0.5), zoo)
+    for n in (10, 60):
+        assert not registry.write_result("tiny", "autoattack", figures(card, n, 0.5), zoo)
     card = registry.read_card("tiny", zoo)
     assert card["results"]["autoattack"]["n"] == 60
     assert (card["clean_acc"], card["autoattack_acc"]) == ("25.00", "25.00")
+    assert registry.write_result("tiny", "autoattack", figures(card, 60, 0.5), zoo, replace=True)
+    assert registry.read_card("tiny", zoo)["autoattack_acc"] == "50.00"
 
 
 def test_figures_measured_on_a_run_folder_are_published_with_it(run, tmp_path):

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -43,23 +44,17 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
     except OSError as error:  # a full disk, a folder that cannot be written: the message names the file
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
     except TrainingDiverged as error:
-        errors.print(f"[bold red]diverged:[/] {_escape(str(error))}", soft_wrap=True)
+        errors.print(f"[bold red]diverged:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(3) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; what was finished is kept", soft_wrap=True)
         raise typer.Exit(130) from error
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def progress_bar() -> Progress:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 class InputError(ValueError):
@@ -16,3 +19,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
     return InputError(f"unknown {kind} {name!r}; {hint}")
+
+
+def make_named(kind: str, name: str, table: Mapping[str, Callable[..., Made]], options: Mapping[str, Any]) -> Made:
+    """`table[name](**options)`.
+
+    Raises:
+        InputError: `name` is not in the table, or what it stands for does not take these options.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    try:
+        return table[name](**options)
+    except TypeError as error:
+        raise InputError(f"{kind} {name!r} does not take {dict(options)}: {error}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.errors import InputError, make_named
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,4 @@ def make_objective(name: str, **options: float) -> Objective:
     Raises:
         InputError: unknown name, unknown option, or an option out of range.
     """
-    if name not in OBJECTIVES:
-        raise unknown_name("objective", name, OBJECTIVES)
-    try:
-        return OBJECTIVES[name](**options)
-    except TypeError as error:
-        raise InputError(f"objective {name!r} does not take {options}: {error}") from error
+    return make_named("objective", name, OBJECTIVES, options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.errors import InputError, make_named
 
 
 class SampleRecord:
@@ -130,12 +130,7 @@ def make_targets(name: str, **options: float) -> Targets:
     Raises:
         InputError: unknown name, unknown option, or an option out of range.
     """
-    if name not in TARGETS:
-        raise unknown_name("target", name, TARGETS)
-    try:
-        return TARGETS[name](**options)
-    except TypeError as error:
-        raise InputError(f"target {name!r} does not take {options}: {error}") from error
+    return make_named("target", name, TARGETS, options)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from model_zoo.registry import (
     timm_names,
     write_result,
 )
-from rb_noisy.cli import ZooOption, console, progress_bar, user_errors
+from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_zoo.registry import read_cards
-from rb_noisy.cli import ZooOption, console, user_errors
+from rb_noisy.console import ZooOption, console, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.measures import wilson_interval
 

@@ -59,6 +59,7 @@ class Recipe:
 
     Attributes:
         data: a name for `rb_noisy.data.load_data`.
+        train_size: train on the first this many training images only; None for all.
         noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`.
         backbone, backbone_options: a timm name (ours or any) and its own options.
         method: objective, or objective+targets: "st", "pgd-at", "trades", each also with "+ls", "+sglr",
@@ -83,6 +84,7 @@ class Recipe:
     """
 
     data: str
+    train_size: int | None = None
     noise: str = "none"
     noise_rate: float | None = None
     noise_seed: int = 0
@@ -133,6 +135,8 @@ class Recipe:
 
     def _check(self) -> None:
         positive = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size}
+        if self.train_size is not None:
+            positive["train_size"] = self.train_size
         at_least_zero = {
             name: getattr(self, name)
             for name in (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,23 @@ from rb_noisy.files import atomic_path
 from rb_noisy.recipes import Recipe
 
 CHECKPOINTS = ("best", "final")
+
+
+@dataclass(frozen=True)
+class History:
+    """What training saw of every sample, epoch by epoch; column i is training sample i.
+
+    Attributes:
+        kappa: (E, N) int16, κ of the training attack against the *given* label, 0..steps; −1 where the sample was not
+            trained on, or the method does not attack (small = suspicious label).
+        loss: (E, N) float32, cross entropy with the given label in the training pass (on x̃ where the method attacks,
+            else on x); NaN where the sample was not trained on (large = suspicious label).
+        prediction: (E, N) int16, the predicted label in that pass; −1 where the sample was not trained on.
+    """
+
+    kappa: Tensor
+    loss: Tensor
+    prediction: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,23 @@ class Run:
         scores = [line["selection_pgd_acc"] for line in self.metrics]
         return int(np.argmax(scores)) if scores else None
 
+    def history(self) -> History:
+        """κ, loss and prediction of every training sample in every finished epoch.
+
+        Raises:
+            InputError: an epoch's file is missing or damaged.
+        """
+        epochs = []
+        for epoch in range(len(self.metrics)):
+            file = history_file(self.path, epoch)
+            try:
+                epochs.append(load_file(file))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} cannot be read ({error}); train again into another folder") from error
+        if not epochs:
+            raise InputError(f"{self.path} has no finished epoch; continue it with --resume")
+        return History(*(torch.stack([epoch[name] for epoch in epochs]) for name in ("kappa", "loss", "prediction")))
+
     def load(self, checkpoint: str = "final") -> nn.Module:
         """The network with the *best* or *final* weights, in eval mode.
 
@@ -82,6 +117,11 @@ class Run:
         model = build_backbone(**self.model_options)
         load_weights(model, file)
         return model.eval()
+
+
+def history_file(path: Path, epoch: int) -> Path:
+    """Where a run folder keeps what an epoch (from 0) showed of every training sample."""
+    return path / "history" / f"{epoch:04d}.safetensors"
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -24,19 +24,28 @@ class SampleRecord:
         kappa: (N,) int64, κ from the last training attack, −1 before the first (small = suspicious).
         loss: (N,) float32, cross entropy with the given label in the last training pass (on x̃ where the method
             attacks, else on x), NaN before the first (large = suspicious).
+        prediction: (N,) int64, the predicted label in that pass, −1 before the first.
     """
 
     def __init__(self, labels: Tensor, num_classes: int):
         self.average = F.one_hot(labels, num_classes).float()
         self.kappa = torch.full_like(labels, -1)
         self.loss = torch.full_like(labels, torch.nan, dtype=torch.float32)
+        self.prediction = torch.full_like(labels, -1)
+
+    def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
+        """Enter what a training pass showed of the samples in `index`, each (B,)."""
+        if kappa is not None:
+            self.kappa[index] = kappa
+        self.loss[index] = loss
+        self.prediction[index] = prediction
 
     def update_average(self, index: Tensor, mix: Tensor, momentum: float) -> None:
         """p̄ ← α·p̄ + (1−α)·mix for the rows in `index` [SGLR eq. 8]."""
         self.average[index] = momentum * self.average[index] + (1 - momentum) * mix.to(self.average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.average, "kappa": self.kappa, "loss": self.loss}
+        return {"average": self.average, "kappa": self.kappa, "loss": self.loss, "prediction": self.prediction}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, own in self.state_dict().items():

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.noise import NoisyLabels, corrupt
 from rb_noisy.recipes import Recipe
-from rb_noisy.runs import Run, read_metrics, save_tensors, save_weights
+from rb_noisy.runs import Run, history_file, read_metrics, save_tensors, save_weights
 from rb_noisy.targets import SampleRecord, SelfGuided, refine
 
 
@@ -88,7 +89,7 @@ class _Trainer:
         self.device = self.accelerator.device
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
 
-        data = load_data(recipe.data, data_root)
+        data = _first(load_data(recipe.data, data_root), recipe)
         self.labels = noisy_labels(recipe, data)
         self.x, self.y = data.x_train.to(self.device), self.labels.given.to(self.device)
         self.train_index, self.selection = self._split(data)
@@ -175,7 +176,7 @@ class _Trainer:
         if recipe.augment:
             x = augment(x, generator=draws)
         x = x.contiguous(memory_format=torch.channels_last)
-        adversarial = natural = None
+        attack = adversarial = natural = None
         self.wrapped.train()
         if objective.attack_loss is not None:
             grown = min(1.0, progress / (recipe.eps_warmup * recipe.epochs)) if recipe.eps_warmup else 1.0
@@ -193,7 +194,6 @@ class _Trainer:
                 mode=recipe.attack_mode,
             )
             adversarial = self.wrapped(attack.x_adv)
-            self.record.kappa[self._gather(index)] = self._gather(attack.kappa)
         if objective.uses_natural:
             natural = self.wrapped(x)
         elif isinstance(self.targets, SelfGuided) and epoch >= self.targets.start_epoch:
@@ -204,7 +204,9 @@ class _Trainer:
         logits = natural if adversarial is None else adversarial
         with torch.no_grad():
             per_sample = F.cross_entropy(logits.float(), y, reduction="none")
-            self.record.loss[self._gather(index)] = self._gather(per_sample)
+            kappa = None if attack is None else self._gather(attack.kappa)
+            seen = self._gather(index), kappa, self._gather(per_sample), self._gather(logits.argmax(1))
+            self.record.observe(*seen)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -343,6 +345,7 @@ class _Trainer:
         if metrics["selection_pgd_acc"] > self.best:
             self.best = metrics["selection_pgd_acc"]
             save_weights(self.model, self.path / "best.safetensors")
+        self._save_history(epoch)
         # The state comes last: a kill before it repeats this epoch, and the metrics are cut back to it.
         lines = [*read_metrics(self.path)[:epoch], metrics]
         with atomic_path(self.path / "metrics.jsonl") as temporary:
@@ -353,6 +356,14 @@ class _Trainer:
             if state.get("momentum_buffer") is not None:
                 tensors[f"optimizer.{number}"] = state["momentum_buffer"]
         save_tensors(tensors, self.path / "state.safetensors", {"epoch": str(epoch), "best": repr(self.best)})
+
+    def _save_history(self, epoch: int) -> None:
+        history = {
+            "kappa": self.record.kappa.to(torch.int16),
+            "loss": self.record.loss,
+            "prediction": self.record.prediction.to(torch.int16),
+        }
+        save_tensors(history, history_file(self.path, epoch), {})
 
     def _restore(self, file: Path) -> tuple[int, float]:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "optimizer": {}}
@@ -389,6 +400,16 @@ def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
     return corrupt(
         data.y_train, recipe.noise, recipe.noise_rate, data.num_classes, recipe.noise_seed, **recipe.noise_options
     )
+
+
+def _first(data: Dataset, recipe: Recipe) -> Dataset:
+    """The data set with the training images that the recipe trains on."""
+    count = recipe.train_size
+    if count is None:
+        return data
+    if count > len(data.x_train):
+        raise InputError(f"train_size is {count} but {data.name} has {len(data.x_train)} training images")
+    return replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

@@ -139,12 +139,12 @@ def render_markdown(rows: list[Row], highlight: str | None = None) -> str:
     """One heading and one table per group."""
     lines = []
     for title, group in _groups(rows):
-        lines += [f"### {title}", "", _markdown_line(COLUMNS), _markdown_line(["---"] * len(COLUMNS))]
+        lines += [f"### {title}", "", markdown_line(COLUMNS), markdown_line(["---"] * len(COLUMNS))]
         for row in group:
             cells = [cell.replace("|", r"\|").replace("\n", " ") for cell in _cells(row, " ")]
             if _is_highlighted(row, highlight):
                 cells = [f"**{cell}**" for cell in cells]
-            lines.append(_markdown_line(cells))
+            lines.append(markdown_line(cells))
         lines.append("")
     return "\n".join(lines)
 
@@ -163,9 +163,9 @@ def render_latex(rows: list[Row], highlight: str | None = None) -> str:
         "Model Zoo ID",
         "Origin",
     )
-    lines = [r"\begin{tabular}{rlrrrcllll}", r"\toprule", _latex_line(head)]
+    lines = [r"\begin{tabular}{rlrrrcllll}", r"\toprule", latex_line(head)]
     for title, group in _groups(rows):
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{_latex(title)}}}}} \\", r"\midrule"]
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{latex(title)}}}}} \\", r"\midrule"]
         for row in group:
             cells = [
                 MISSING if row.rank is None else str(row.rank),
@@ -177,7 +177,7 @@ def render_latex(rows: list[Row], highlight: str | None = None) -> str:
                 row.name if row.measured else "N/A",
                 row.origin,
             ]
-            lines.append(_latex_line(cells, bold=_is_highlighted(row, highlight)))
+            lines.append(latex_line(cells, bold=_is_highlighted(row, highlight)))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -307,12 +307,12 @@ def _is_highlighted(row: Row, highlight: str | None) -> bool:
     return row.measured and row.name == highlight
 
 
-def _markdown_line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _latex_line(cells: Iterable[str], bold: bool = False) -> str:
-    escaped = [rf"\textbf{{{_latex(cell)}}}" if bold else _latex(cell) for cell in cells]
+def latex_line(cells: Iterable[str], bold: bool = False) -> str:
+    escaped = [rf"\textbf{{{latex(cell)}}}" if bold else latex(cell) for cell in cells]
     return " & ".join(escaped) + r" \\"
 
 
@@ -322,7 +322,7 @@ LATEX = str.maketrans(
 )
 
 
-def _latex(text: str) -> str:
+def latex(text: str) -> str:
     return text.translate(LATEX)
 
 

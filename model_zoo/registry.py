@@ -219,7 +219,8 @@ def run_card(run: Run, name: str, checkpoint: str) -> Card:
     recipe = run.recipe
     noise = None
     if recipe.noise != "none":
-        noise = {"kind": recipe.noise, "rate": recipe.noise_rate, "seed": recipe.noise_seed, **recipe.noise_options}
+        options = {k: Path(v).name if k == "file" else v for k, v in recipe.noise_options.items()}
+        noise = {"kind": recipe.noise, "rate": recipe.noise_rate, "seed": recipe.noise_seed, **options}
     return {
         # RobustBench's fields, in its units (strings, percent).
         "link": "",

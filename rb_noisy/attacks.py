@@ -7,6 +7,7 @@ its steps, so κ falls out of it with no further forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class AttackResult:
     """What an attack found.
 
     Attributes:
-        x_adv: (N, C, H, W), the final iterate x⁽ⁿ⁾, inside the ε-ball and [0, 1], in the order of the input.
+        x_adv: (N, C, H, W), the final iterate x⁽ⁿ⁾, inside the ε-ball (unless `project` is off) and [0, 1], in the
+            order of the input.
         kappa: (N,) int64 in 0..n, the geometry value κ against y (small = easily attacked = suspicious label).
         broken: (N,) bool, whether any of the iterates x⁽⁰⁾ … x⁽ⁿ⁾ was misclassified; None unless asked for,
             because f(x⁽ⁿ⁾) costs one more forward pass.
@@ -80,6 +82,9 @@ def pgd(
     mode: Literal["eval", "train", "keep"] = "eval",
     definition: Definition = "first",
     evaluate_final: bool = False,
+    start_radius: float | None = None,
+    project: bool = True,
+    kappa_labels: Tensor | None = None,
 ) -> AttackResult:
     """PGD-n, with κ at no further forward pass.
 
@@ -98,23 +103,36 @@ def pgd(
             The model's own mode is restored afterwards.
         definition: of κ, see `kappa`.
         evaluate_final: also classify x⁽ⁿ⁾ (one more forward pass) and fill `broken` and `final_correct`.
+        start_radius: radius of a uniform Linf start where it is not ε (N-FGSM's is 2ε), same unit.
+        project: False leaves out the projection onto the ε-ball, not the cut to [0, 1] (N-FGSM).
+        kappa_labels: labels (N,) int64 that κ, `broken` and `final_correct` are measured against instead of y; y
+            stays what the attack moves away from.
 
     Raises:
         InputError: a setting out of range, images outside [0, 1] or not 4-dimensional, labels of another length.
     """
     _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    judged = y if kappa_labels is None else kappa_labels
+    if judged.shape != y.shape:
+        raise InputError(f"{tuple(judged.shape)} kappa_labels for {len(x)} images; give one integer label per image")
+    if start_radius is not None and not (0 <= start_radius < math.inf and norm == "Linf" and random_start is True):
+        raise InputError(
+            f"start_radius is {start_radius} with norm {norm!r} and random_start={random_start!r}; give a number of at "
+            "least 0 for a uniform Linf start, or leave it out"
+        )
     attack_loss = _attack_loss(loss)
-    start = _start(x, eps, norm, random_start, _generator(seed, generator))
+    radius = eps if start_radius is None else start_radius
+    start = _start(x, radius, norm, random_start, _generator(seed, generator))
     with _mode(model, mode):
         natural = _logits(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
         x_adv, correct = start, []
         for _ in range(steps):
-            x_adv, iterate_correct = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm)
-            correct.append(iterate_correct)
+            x_adv, prediction = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
+            correct.append(prediction == judged)
         kappa_values = _kappa_of(correct, y, definition)
         if not evaluate_final:
             return AttackResult(x_adv, kappa_values)
-        final_correct = _logits(model, x_adv).argmax(1) == y
+        final_correct = _logits(model, x_adv).argmax(1) == judged
     survived = torch.stack([*correct, final_correct]).all(0)
     return AttackResult(x_adv, kappa_values, ~survived, final_correct)
 
@@ -183,13 +201,14 @@ def _kappa_batch(
     if definition == "count":
         correct = []
         for _ in range(steps):
-            x_adv, right = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
-            correct.append(right)
+            x_adv, prediction = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
+            correct.append(prediction == y)
         return _kappa_of(correct, y, definition)
     result = torch.full_like(y, steps)
     active = torch.arange(len(y), device=y.device)
     for t in range(steps):
-        x_adv, right = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
+        x_adv, prediction = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
+        right = prediction == y
         result[active[~right]] = t
         if not right.all():
             active, x_adv, x, y = active[right], x_adv[right], x[right], y[right]
@@ -215,8 +234,9 @@ def _step(
     eps: float,
     alpha: float,
     norm: Norm,
+    project: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One iterate on, and whether the iterate that was left is classified as y."""
+    """One iterate on, and the predicted class of the iterate that was left."""
     x_adv = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x_adv)
@@ -225,15 +245,17 @@ def _step(
     x_adv = x_adv.detach()
     if norm == "Linf":
         moved = x_adv + alpha * gradient.sign()
-        moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+        if project:
+            moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
     else:
         moved = x_adv + alpha * gradient / _l2(gradient).clamp_min(1e-12)
-        delta = moved - x
-        moved = x + delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1.0)
-    return moved.clamp(0.0, 1.0), logits.detach().argmax(1) == y
+        if project:
+            delta = moved - x
+            moved = x + delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1.0)
+    return moved.clamp(0.0, 1.0), logits.detach().argmax(1)
 
 
-def _start(x: Tensor, eps: float, norm: Norm, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
+def _start(x: Tensor, radius: float, norm: Norm, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
     if random_start is False:
         return x.clone()
 
@@ -246,14 +268,14 @@ def _start(x: Tensor, eps: float, norm: Norm, random_start: bool | str, generato
     elif random_start is not True:
         raise InputError(f"random_start is {random_start!r}; give True, False or 'gaussian'")
     elif norm == "Linf":
-        delta = eps * (2 * draw(torch.rand, x.shape) - 1)
+        delta = radius * (2 * draw(torch.rand, x.shape) - 1)
     else:
         # The first d coordinates of a uniform point on the sphere in d + 2 dimensions are uniform in the d-ball. One
         # row of uniform numbers per sample keeps the start independent of the batch size, which randn would not.
         d = x[0].numel()
         uniform = draw(torch.rand, torch.Size((len(x), d + 2))).clamp(1e-6, 1 - 1e-6)
         sphere = F.normalize(torch.special.ndtri(uniform), dim=1)
-        delta = eps * sphere[:, :d].reshape(x.shape)
+        delta = radius * sphere[:, :d].reshape(x.shape)
     return (x + delta).clamp(0.0, 1.0)
 
 

@@ -1,14 +1,17 @@
-"""The console command `rb-noisy`: train, publish, models."""
+"""The console command `rb-noisy`: train, publish and models, and those of `rb_noisy.commands`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from rb_noisy.commands.annotate import annotate
+from rb_noisy.commands.label_issues import label_issues
+from rb_noisy.commands.settings import merge, parse_settings
+from rb_noisy.commands.sweep import sweep
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.errors import InputError
 
@@ -19,29 +22,9 @@ app = typer.Typer(
 )
 
 
-def _parse_settings(settings: list[str]) -> dict[str, Any]:
-    """["lr=0.05", "target_options.r=0.4"] → {"lr": 0.05, "target_options": {"r": 0.4}}, values as JSON or text."""
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting!r} is not FIELD=VALUE; write for example --set lr=0.05")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        outer, dot, inner = key.partition(".")
-        if dot:
-            values.setdefault(outer, {})[inner] = value
-        else:
-            values[outer] = value
-    return values
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, option by option."""
-    both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | changes | both
+app.command("sweep")(sweep)
+app.command("label-issues")(label_issues)
+app.command("annotate")(annotate)
 
 
 @app.command()
@@ -51,10 +34,12 @@ def train(
         str | None, typer.Option(help="digits, mnist, cifar10, cifar100, npz:FILE or imagefolder:DIR.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="st, pgd-at or trades, alone or with +ls, +sglr, +sglr-released.")
+        str | None,
+        typer.Option(help="An objective and any parts, e.g. st, pgd-at+sglr, trades+sglr+awp; see the README."),
     ] = None,
     noise: Annotated[
-        str | None, typer.Option(help="none, symmetric, uniform, pair, asymmetric, human or matrix.")
+        str | None,
+        typer.Option(help="none, symmetric, uniform, pair, asymmetric, instance, matrix or human:FILE[:SET]."),
     ] = None,
     noise_rate: Annotated[float | None, typer.Option(help="Noise rate, 0 to 1.")] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm name, ours or any.")] = None,
@@ -84,18 +69,18 @@ def train(
         "seed": seed,
     }
     with user_errors():
-        values = {k: v for k, v in named.items() if v is not None} | _parse_settings(settings or [])
+        values = {k: v for k, v in named.items() if v is not None} | parse_settings(settings or [])
         if recipe is not None and like is not None:
             raise InputError("both --recipe and --like are given; give one of them")
         if recipe is not None:
             if not recipe.is_file():
                 raise InputError(f"--recipe {recipe} is no file; name a JSON file of recipe fields")
             base = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe))
-            values = _merge(base.changes(), values)
+            values = merge(base.changes(), values)
         elif like is not None:
             from model_zoo.registry import read_card
 
-            values = _merge(Recipe.from_dict(read_card(like, zoo)["recipe"]).changes(), values)
+            values = merge(Recipe.from_dict(read_card(like, zoo)["recipe"]).changes(), values)
         elif resume and not values and (out / "run.json").is_file():
             values = Run.open(out).recipe.to_dict()
         chosen = Recipe.from_dict(values)

@@ -1,15 +1,15 @@
-"""Label noise: one sampler on a transition matrix, labels read from a file, and the record of what was done.
+"""Label noise: by transition matrix, by image or from a file, and the record of what was done.
 
 A new noise is one function from the rate and the number of classes to its matrix, with the noise's options as keyword
-arguments, and one entry in `_MATRICES`.
+arguments, and one entry in `_MATRICES`. `instance` and `human` are the two kinds that no matrix describes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,10 +24,15 @@ from torch import Tensor
 from rb_noisy.data import open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
+from rb_noisy.label_files import check_labels, check_num_classes, read_labels, split_label_file, stochastic_matrix
 
-ROW_SUM_TOLERANCE = 1e-6
 # truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog (Patrini et al. 2017).
 CIFAR10_CLASS_MAP = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+# The length of an image in instance noise, hence the standard deviation of its scores (ours): at 2, the likeliest of 9
+# wrong classes gets about half of an image's flips; at 0 all get the same, at 10 one gets nearly all.
+IMAGE_LENGTH = 2.0
+# Images at a time: a chunk of 3x32x32 is 25 MB in double precision.
+_CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +40,8 @@ class NoisyLabels:
     """Given labels beside the true ones, and how they were made.
 
     `given`: (N,) int64. `true`: (N,) int64, or None where unknown. `kind`, `rate`, `seed`, `options`: the arguments of
-    `corrupt` that make them again; `rate` is None where the noise takes none, `seed` where nothing is drawn.
+    `corrupt` that make them again (`instance` needs the `images` besides); `rate` is None where the noise takes none,
+    `seed` where nothing is drawn.
     """
 
     given: Tensor = field(repr=False)
@@ -88,7 +94,14 @@ class NoisyLabels:
 
 
 def corrupt(
-    labels: Any, noise: str | None, rate: float | None, num_classes: int, seed: int = 0, **options: Any
+    labels: Any,
+    noise: str | None,
+    rate: float | None,
+    num_classes: int,
+    seed: int = 0,
+    *,
+    images: Tensor | None = None,
+    **options: Any,
 ) -> NoisyLabels:
     """Corrupt labels by a named noise [NL §2, App. C.1; SGLR §4].
 
@@ -101,68 +114,170 @@ def corrupt(
     * `asymmetric`: with probability η along `class_map={from: to}`; for 10 classes the default is CIFAR-10's
       truck->automobile, bird->airplane, deer->horse, cat<->dog (Patrini et al. 2017).
     * `matrix`: `matrix=`, a row-stochastic (K, K) array, or a .npy, .csv or .txt file of one.
-    * `human`: `file=`, a .npy, .npz (`key=` names the array), .txt or .csv file of one integer per sample, in order.
+    * `instance`: by the image, with a flip rate of each sample's own; see `instance_probabilities`. Needs `images`,
+      (N, C, H, W) floats in [0, 1], of which only a digest, `images_sha256`, is kept among the options: given again, it
+      must be that of the images.
+    * `human`: `file=`, a .npy, .npz (`key=` names the array), .txt or .csv file of one integer per sample, in order;
+      for short `human:FILE` or `human:FILE:KEY`. CIFAR-N's sets go by their names with or without `_label`: `aggre`,
+      `worse`, `random1`, `noisy`. A `clean_label` in the file must be the labels given here.
 
-    `none`, `matrix` and `human` take no rate: give None or 0. The result depends on nothing but the seed, the position
-    of a label and its class, and is the same on every platform. Raises `InputError` for anything else.
+    `none`, `matrix` and `human` take no rate: give None or 0. Every noise but `instance` ignores `images`. The result
+    depends on nothing but the seed, the position of a label, its class and, for `instance`, its image; it is the same
+    on every platform, but for what `instance_probabilities` says. Raises `InputError` for anything else.
     """
-    kind = _kind(noise)
-    true = _labels(labels, num_classes, "labels")
+    kind, options = _kind(noise, options)
+    true = check_labels(labels, num_classes, "labels")
     num_classes = int(num_classes)
-    options = {name: value for name, value in options.items() if value is not None}
     if kind == "human":
-        _check_options(kind, _read_human, options)
-        _no_rate(kind, rate)
-        given = _read_human(num_classes, **options)
-        if len(given) != len(true):
-            raise InputError(f"label file {options['file']} has {len(given)} labels for {len(true)} samples: one each")
-        return NoisyLabels(given, true, num_classes, kind, options={k: str(v) for k, v in options.items()})
-    matrix = transition_matrix(kind, rate, num_classes, **options)
-    if not isinstance(seed, Integral) or seed < 0:
-        raise InputError(f"seed {seed!r} is no whole number from 0 up")
-    given = _sample(true.numpy(), matrix.numpy(), int(seed))
-    if "matrix" in options:
-        options["matrix"] = matrix.tolist()
-    if "class_map" in options:
-        options["class_map"] = _class_map(options["class_map"])
-    rate = None if kind in _WITHOUT_RATE else float(rate)
-    return NoisyLabels(torch.from_numpy(given), true, num_classes, kind, rate, int(seed), options)
+        _check_options(kind, read_labels, options)
+        _rate(kind, rate)
+        given, options = read_labels(true, num_classes, **options)
+        return NoisyLabels(given, true, num_classes, kind, options=options)
+    if kind == "instance":
+        _check_options(kind, _instance, options)
+        given, options = _instance(true, images, rate, num_classes, seed, **options)
+    else:
+        matrix = transition_matrix(kind, rate, num_classes, **options)
+        given = _sample(true.numpy(), matrix.numpy(), _check_seed(seed))
+        if "matrix" in options:
+            options["matrix"] = matrix.tolist()
+        if "class_map" in options:
+            options["class_map"] = _class_map(options["class_map"])
+    return NoisyLabels(torch.from_numpy(given), true, num_classes, kind, _rate(kind, rate), int(seed), options)
 
 
 def transition_matrix(noise: str | None, rate: float | None, num_classes: int, **options: Any) -> Tensor:
     """The (K, K) float64 row-stochastic matrix T of a noise, T[i, j] = P(given = j | true = i).
 
-    Arguments and errors as for `corrupt`; `human` noise has no matrix.
+    Arguments and errors as for `corrupt`; `human` and `instance` noise have no matrix.
     """
-    kind = _kind(noise)
+    kind, options = _kind(noise, options)
     if kind == "human":
         raise InputError("noise 'human' is read from a file and has no transition matrix: use corrupt")
-    _check_num_classes(num_classes)
+    if kind == "instance":
+        raise InputError("noise 'instance' has no transition matrix, each image has a row: use instance_probabilities")
+    check_num_classes(num_classes)
     _check_options(kind, _MATRICES[kind], options)
-    if kind in _WITHOUT_RATE:
-        _no_rate(kind, rate)
-    elif rate is None:
-        raise InputError(f"noise {kind!r} needs a rate: give one in [0, 1]")
-    elif not (isinstance(rate, Real) and 0 <= rate <= 1):
-        raise InputError(f"rate {rate!r} of noise {kind!r} is no number in [0, 1]")
-    else:
-        rate = float(rate)  # a float32 would make a float32 matrix
-    return torch.from_numpy(_MATRICES[kind](rate, int(num_classes), **options))
+    return torch.from_numpy(_MATRICES[kind](_rate(kind, rate), int(num_classes), **options))
+
+
+def instance_probabilities(
+    labels: Any, images: Tensor | None, rate: float, num_classes: int, seed: int = 0, std: float = 0.1
+) -> Tensor:
+    """What `instance` noise draws from: (N, K) float64, P(given = j) of each sample (Xia et al. 2020, part-dependent).
+
+    `labels`: (N,) true classes; `images`: (N, C, H, W) floats in [0, 1]. Sample i of class y has a flip rate q_i from
+    the normal distribution N(`rate`, `std`²) truncated to [0, 1]. It keeps its label with probability 1 - q_i and gets
+    class j ≠ y with probability q_i · softmax(x_i W_y)_j, W_y ~ N(0, 1) of shape (CHW, K), the own class left out.
+
+    The expected share of wrong labels is the mean of the truncated normal, rate + std·(φ(a) - φ(b)) / (Φ(b) - Φ(a))
+    with a = -rate/std and b = (1 - rate)/std: at std 0.1, for rates 0.05, 0.1, 0.2, 0.3, 0.4, 0.5 it is 0.101, 0.129,
+    0.206, 0.300, 0.400, 0.500. Two cases are ours: rate 0 flips nothing (truncation would make it 0.080), and std 0
+    gives every sample the rate itself.
+
+    x_i is the image minus its own mean, scaled to length `IMAGE_LENGTH`, so that over W the scores have that standard
+    deviation whatever the data set (ours; the published code leaves the pixels as they are, and nearly all flips of an
+    image go to one class). Nothing but a sample's own image and class, its position (for q_i) and the seed enters.
+
+    All random words are the same everywhere. Logarithms, sums and products may differ in their last bits between
+    processors and library versions, and the probabilities with them by about 1e-14: a drawn label differs only where
+    its uniform number lies that close to an edge, about once in 1e13 labels.
+    """
+    true = check_labels(labels, num_classes, "labels").numpy()
+    pixels = _pixels(images, len(true))
+    flip = _flip_rates(len(true), _rate("instance", rate), std, _check_seed(seed))
+    probabilities = np.empty((len(true), num_classes))
+    for c in np.unique(true):
+        # A stream of its own for each class, so that W_y does not depend on which classes there are.
+        weights = torch.special.ndtri(_open_uniform(seed, pixels[0].size * num_classes, stream=2 + int(c)))
+        weights = weights.reshape(-1, num_classes).numpy()
+        mine = np.flatnonzero(true == c)
+        for rows in np.split(mine, range(_CHUNK, len(mine), _CHUNK)):
+            x = pixels[rows].reshape(len(rows), -1).astype(np.float64)
+            x -= x.mean(axis=1, keepdims=True)
+            # An image of one colour has length 0 and stays 0: all its wrong classes are as likely.
+            x *= IMAGE_LENGTH / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            scores = x @ weights
+            scores[:, c] = -np.inf
+            target = np.exp(scores - scores.max(axis=1, keepdims=True))
+            probabilities[rows] = target * (flip[rows, None] / target.sum(axis=1, keepdims=True))
+            probabilities[rows, c] = 1 - flip[rows]
+    return torch.from_numpy(probabilities)
+
+
+def _flip_rates(n: int, rate: float, std: float, seed: int) -> np.ndarray:
+    """(N,) the flip rates q_i."""
+    if not (isinstance(std, Real) and 0 <= std < math.inf):
+        raise InputError(f"std {std!r} of noise 'instance' is no number from 0 up")
+    if rate == 0 or std == 0:
+        return np.full(n, rate)
+    low, high = torch.special.ndtr(torch.tensor([-rate / std, (1 - rate) / std], dtype=torch.float64))
+    normal = torch.special.ndtri(low + (high - low) * _open_uniform(seed, n, stream=1))
+    return (rate + std * normal).clamp(0, 1).numpy()
+
+
+def _open_uniform(seed: int, n: int, stream: int) -> Tensor:
+    """(n,) float64 uniform numbers in (0, 1), both ends left out. Stream 0 is the one that labels are drawn from."""
+    words = np.random.PCG64(int(seed)).jumped(stream).random_raw(n)
+    return torch.from_numpy(((words >> np.uint64(12)) + 0.5) * 2.0**-52)
+
+
+def _instance(
+    true: Tensor,
+    images: Tensor | None,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    *,
+    std: float = 0.1,
+    images_sha256: str | None = None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    pixels = _pixels(images, len(true))
+    digest = hashlib.sha256(f"{pixels.shape} ".encode())
+    digest.update(pixels)
+    digest = digest.hexdigest()[:16]
+    if images_sha256 not in (None, digest):
+        raise InputError(f"images have SHA-256 {digest}, not {images_sha256}: give those that the labels were made for")
+    cumulative = _cumulative(instance_probabilities(true, images, rate, num_classes, seed, std).numpy())
+    given = (cumulative <= _label_draws(len(true), int(seed))[:, None]).sum(axis=1)  # as in `_sample`, row by row
+    return given, {"std": float(std), "images_sha256": digest}
+
+
+def _pixels(images: Tensor | None, n: int) -> np.ndarray:
+    """`images` as a contiguous (N, C, H, W) float32 array, without a copy where it is one."""
+    if images is None:
+        raise InputError("noise 'instance' depends on the images: give images=, (N, C, H, W) floats in [0, 1]")
+    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images[:1].numel()):
+        what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"images are {what}, but noise 'instance' needs a tensor of (N, C, H, W) floats in [0, 1]")
+    if len(images) != n:
+        raise InputError(f"noise 'instance' was given {len(images)} images for {n} labels: one each")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise InputError(f"images range over {float(low)}..{float(high)}: noise 'instance' needs floats in [0, 1]")
+    return images.detach().cpu().float().contiguous().numpy()
 
 
 def _sample(true: np.ndarray, matrix: np.ndarray, seed: int) -> np.ndarray:
-    # Raw PCG64 words are the same in every NumPy version; the top 53 bits are a uniform number in [0, 1).
-    uniform = (np.random.PCG64(seed).random_raw(len(true)) >> np.uint64(11)) * 2.0**-53
-    # A running sum, not .sum(), whose order depends on the processor. Divided by its own end it ends at exactly 1 from
-    # the last possible class on, so that no uniform number falls behind it.
-    cumulative = np.cumsum(matrix, axis=1)
-    cumulative /= cumulative[:, -1:]
+    uniform, cumulative = _label_draws(len(true), seed), _cumulative(matrix)
     given = np.empty_like(true)
     for c in np.unique(true):
         mine = true == c
         # side="right": the first class whose sum is above u; an impossible class repeats the sum before it.
         given[mine] = np.searchsorted(cumulative[c], uniform[mine], side="right")
     return given
+
+
+def _label_draws(n: int, seed: int) -> np.ndarray:
+    # Raw PCG64 words are the same in every NumPy version; the top 53 bits are a uniform number in [0, 1).
+    return (np.random.PCG64(seed).random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
+def _cumulative(probabilities: np.ndarray) -> np.ndarray:
+    # A running sum, not .sum(), whose order depends on the processor. Divided by its own end it ends at exactly 1 from
+    # the last possible class on, so that no uniform number falls behind it.
+    cumulative = np.cumsum(probabilities, axis=1)
+    return cumulative / cumulative[:, -1:]
 
 
 def _none(rate: None, num_classes: int) -> np.ndarray:
@@ -203,20 +318,7 @@ def _asymmetric(rate: float, num_classes: int, *, class_map: Mapping[int, int] |
 def _matrix(rate: None, num_classes: int, *, matrix: Any = None) -> np.ndarray:
     if matrix is None:
         raise InputError("noise 'matrix' needs matrix=, a row-stochastic array or a .npy, .csv or .txt file of one")
-    where = f"matrix {matrix}" if isinstance(matrix, (str, os.PathLike)) else "matrix"
-    matrix = _read_matrix(Path(matrix)) if isinstance(matrix, (str, os.PathLike)) else matrix
-    try:
-        values = np.array(matrix.detach().cpu() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where} is no array of numbers ({error}): give ({num_classes}, {num_classes})") from error
-    if values.shape != (num_classes, num_classes):
-        raise InputError(f"{where} has shape {values.shape}: {num_classes} classes need ({num_classes}, {num_classes})")
-    for row, (lowest, total) in enumerate(zip(values.min(axis=1), values.sum(axis=1), strict=True)):
-        if not lowest >= 0:
-            raise InputError(f"row {row} of {where} holds {lowest}: probabilities are numbers from 0 to 1")
-        if not abs(total - 1) <= ROW_SUM_TOLERANCE:
-            raise InputError(f"row {row} of {where} sums to {total}: every row must sum to 1")
-    return values
+    return stochastic_matrix(matrix, num_classes)
 
 
 _MATRICES = {
@@ -230,96 +332,39 @@ _MATRICES = {
 _WITHOUT_RATE = ("none", "matrix", "human")
 
 
-def _read_matrix(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
-        return _read_npy(path)
-    if path.suffix in (".csv", ".txt"):
-        try:
-            return np.loadtxt(io.StringIO(_read_text(path).replace(",", " ")), ndmin=2)
-        except ValueError as error:
-            raise InputError(f"matrix file {path} has something else than numbers in rows ({error})") from error
-    raise InputError(f"matrix file {path} is of no known kind: give .npy, .csv or .txt")
+def _kind(noise: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of noise and its options, those within a `human:FILE:KEY` among them; None is no option."""
+    kind, colon, text = ("none" if noise is None else str(noise)).partition(":")
+    options = {name: value for name, value in options.items() if value is not None}
+    if (colon and kind != "human") or kind not in (*_MATRICES, "instance", "human"):
+        raise unknown_name("noise", str(noise), [*_MATRICES, "instance", "human"])
+    if colon:
+        file, key = split_label_file(text)
+        named = {"file": file} | ({} if key is None else {"key": key})
+        if twice := named.keys() & options.keys():
+            raise InputError(f"noise {noise!r} and {min(twice)}={options[min(twice)]!r} name two: give one of them")
+        options |= named
+    return kind, options
 
 
-def _read_human(num_classes: int, *, file: str | os.PathLike | None = None, key: str | None = None) -> Tensor:
-    """The labels of a file, (N,) int64."""
-    if file is None:
-        raise InputError("noise 'human' needs file=, a .npy, .npz, .txt or .csv file of one label per sample")
-    path = Path(file)
-    if key is not None and path.suffix != ".npz":
-        raise InputError(f"key {key!r} chooses an array of a .npz file: leave it out for {path}")
-    if path.suffix == ".npz":
-        with open_npz(path) as arrays:
-            if key is None and len(arrays.files) == 1:
-                key = arrays.files[0]
-            if key not in arrays.files:
-                problem = "holds several arrays" if key is None else f"has no array {key!r}"
-                raise InputError(f"label file {path} {problem}: give key= one of {', '.join(arrays.files)}")
-            values = arrays[key]
-    elif path.suffix == ".npy":
-        values = _read_npy(path)
-    elif path.suffix in (".txt", ".csv"):
-        values = []
-        for number, line in enumerate(_read_text(path).rstrip().splitlines(), start=1):
-            try:
-                values.append(int(line))
-            except ValueError:
-                raise InputError(f"line {number} of label file {path} is {line!r}: one integer per line") from None
-    else:
-        raise InputError(f"label file {path} is of no known kind: give .npy, .npz, .txt or .csv (no pickle is read)")
-    return _labels(values, num_classes, f"label file {path}")
+def _rate(kind: str, rate: float | None) -> float | None:
+    """The rate as a float, None for a noise that takes none. Raises `InputError` for any other."""
+    if kind in _WITHOUT_RATE:
+        # 0 counts as no rate, for recipes and command lines whose rate is always a number.
+        if rate is not None and rate != 0:
+            raise InputError(f"noise {kind!r} takes no rate and was given {rate!r}: leave it at None or 0")
+        return None
+    if rate is None:
+        raise InputError(f"noise {kind!r} needs a rate: give one in [0, 1]")
+    if not (isinstance(rate, Real) and 0 <= rate <= 1):
+        raise InputError(f"rate {rate!r} of noise {kind!r} is no number in [0, 1]")
+    return float(rate)  # a float32 would make a float32 matrix
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read as .npy ({error}): write it again with numpy.save") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({error}): check the path") from error
-
-
-def _labels(labels: Any, num_classes: int, what: str) -> Tensor:
-    """`labels` as a new (N,) int64 CPU tensor, all of them in 0..num_classes-1."""
-    _check_num_classes(num_classes)
-    try:
-        values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
-    except ValueError as error:
-        raise InputError(f"{what}: no array of integers ({error})") from error
-    if values.ndim != 1 or len(values) == 0 or values.dtype.kind not in "iu":
-        raise InputError(
-            f"{what}: shape {values.shape}, dtype {values.dtype}, but labels are integers of shape (N,), N > 0"
-        )
-    wrong = np.flatnonzero((values < 0) | (values >= num_classes))
-    if len(wrong):
-        raise InputError(
-            f"{what}: label {values[wrong[0]]} at index {wrong[0]} is outside classes 0..{num_classes - 1}"
-        )
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def _kind(noise: str | None) -> str:
-    kind = "none" if noise is None else str(noise)
-    if kind != "human" and kind not in _MATRICES:
-        raise unknown_name("noise", kind, [*_MATRICES, "human"])
-    return kind
-
-
-def _no_rate(kind: str, rate: float | None) -> None:
-    # 0 counts as no rate, for recipes and command lines whose rate is always a number.
-    if rate is not None and rate != 0:
-        raise InputError(f"noise {kind!r} takes no rate and was given {rate!r}: leave it at None or 0")
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, Integral) or num_classes < 2:
-        raise InputError(f"num_classes {num_classes!r} is no whole number from 2 up")
+def _check_seed(seed: int) -> int:
+    if not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"seed {seed!r} is no whole number from 0 up")
+    return int(seed)
 
 
 def _check_options(kind: str, function: Any, options: dict[str, Any]) -> None:

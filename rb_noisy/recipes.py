@@ -8,13 +8,26 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.criteria import CRITERIA, Criterion, make_criterion
+from rb_noisy.errors import InputError, make_named, unknown_name
+from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
-from rb_noisy.targets import TARGETS, Targets, make_targets
+from rb_noisy.targets import EPOCH_SHARES, TARGETS, Targets, make_targets
+from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
 PRECISIONS = ("no", "bf16")
-OPTION_FIELDS = ("noise_options", "backbone_options", "objective_options", "target_options")
+OPTION_FIELDS = (
+    *("noise_options", "backbone_options", "objective_options", "target_options"),
+    *("criterion_options", "awp_options", "averaging_options"),
+)
+# What a method is composed of: one objective, then at most one part of each kind, in any order.
+PARTS: dict[str, tuple[str, ...]] = {
+    "target": tuple(TARGETS),
+    "criterion": tuple(CRITERIA),
+    "weight perturbation": ("awp",),
+    "weight averaging": tuple(AVERAGING),
+}
 
 _CIFAR = {  # [SGLR §4]
     "backbone": "preact_resnet18",
@@ -60,11 +73,14 @@ class Recipe:
     Attributes:
         data: a name for `rb_noisy.data.load_data`.
         train_size: train on the first this many training images only; None for all.
-        noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`.
+        noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`; "human:FILE:SET" is short for
+            "human" with the options file and key.
         backbone, backbone_options: a timm name (ours or any) and its own options.
-        method: objective, or objective+targets: "st", "pgd-at", "trades", each also with "+ls", "+sglr",
-            "+sglr-released".
-        objective_options, target_options: e.g. {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}.
+        method: an objective ("st", "pgd-at", "trades", "mart", "nrat", "fgsm-rs", "n-fgsm"), then in any order "+" and
+            at most one part of each kind: a target ("ls", "sglr", "sglr-released", "sat", "te", "elr", "adr", "kd",
+            "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g. "trades+sglr+awp".
+        objective_options, target_options, criterion_options, awp_options, averaging_options: of those parts, e.g.
+            {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}; {"gamma": 0.01}; {"decay": 0.999}.
         eps, alpha: radius and step of the training attack, in units of the image range [0, 1].
         steps, norm: its number of steps, and "Linf" or "L2".
         attack_mode: BatchNorm during the attack, "eval" ([NL]'s lineage, SGLR's code) or "train" (Rice et al.).
@@ -79,7 +95,7 @@ class Recipe:
         validation: training images held out (with their given, maybe wrong labels) to choose *best* on; 0 chooses on
             the test set, as both papers do.
         track: samples of each kind (correct, incorrect, test) measured after each epoch; 0 for all.
-        track_steps: steps of the PGD that measures them (step size α).
+        track_steps, track_alpha: of the PGD that measures them; the step defaults to α, for one-step training to ε/4.
         seed: initial weights, order of samples, augmentation and random starts.
     """
 
@@ -93,7 +109,10 @@ class Recipe:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     method: str = "pgd-at"
     objective_options: dict[str, float] = field(default_factory=dict)
-    target_options: dict[str, float] = field(default_factory=dict)
+    target_options: dict[str, Any] = field(default_factory=dict)
+    criterion_options: dict[str, float] = field(default_factory=dict)
+    awp_options: dict[str, float] = field(default_factory=dict)
+    averaging_options: dict[str, float] = field(default_factory=dict)
     eps: float | None = None
     alpha: float | None = None
     steps: int | None = None
@@ -113,25 +132,57 @@ class Recipe:
     validation: int = 0
     track: int = 1000
     track_steps: int = 10
+    track_alpha: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_type(f.name, f.type, getattr(self, f.name))
-        for name, value in DATA_DEFAULTS.get(self.data, _CIFAR).items():
+        if self.noise.startswith("human:"):
+            file, key = split_label_file(self.noise.removeprefix("human:"))
+            object.__setattr__(self, "noise", "human")
+            named = {"file": file} if key is None else {"file": file, "key": key}
+            object.__setattr__(self, "noise_options", named | self.noise_options)
+        self._check_parts()
+        self._fill_in()
+        for name in OPTION_FIELDS:  # in the form that JSON gives back, so that a saved recipe is the same recipe
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
+        self._check()
+
+    def _fill_in(self) -> None:
+        """Give the fields left out their defaults: of the method first, then of the data set."""
+        defaults = dict(DATA_DEFAULTS.get(self.data, _CIFAR))
+        if self.awp_options == {} and self.objective_name == "trades" and "awp" in self.parts:
+            object.__setattr__(self, "awp_options", {"gamma": 0.005, "warmup": 10})  # Wu et al. 2020
+        if (steps := self.make_objective().steps) is not None:
+            eps = defaults["eps"] if self.eps is None else self.eps
+            ratio = self.make_objective().alpha_ratio
+            defaults |= {"steps": steps, "alpha": ratio * eps, "track_alpha": eps / 4}
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.track_alpha is None:
+            object.__setattr__(self, "track_alpha", self.alpha)
         if self.milestones is None:
             decays = (max(1, self.epochs // 2), max(1, self.epochs * 3 // 4))
             object.__setattr__(self, "milestones", decays)
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for name in OPTION_FIELDS:  # in the form that JSON gives back, so that a saved recipe is the same recipe
-            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
-        if self.targets_name.startswith("sglr") and "start_epoch" not in self.target_options:
-            # The released code starts at epoch 90 of 200: the same share of a run of any length. The paper is silent.
-            start = {"start_epoch": self.epochs * 90 // 200}
-            object.__setattr__(self, "target_options", self.target_options | start)
-        self._check()
+        epochs = {name: int(share * self.epochs) for name, share in EPOCH_SHARES.get(self.targets_name, {}).items()}
+        object.__setattr__(self, "target_options", epochs | self.target_options)
+
+    def _check_parts(self) -> None:
+        if self.objective_name not in OBJECTIVES:
+            raise unknown_name("objective (the first part of the method)", self.objective_name, OBJECTIVES)
+        kinds = {part: kind for kind, parts in PARTS.items() for part in parts}
+        seen: dict[str, str] = {}
+        for part in self.parts:
+            if part not in kinds:
+                raise unknown_name(f"part of the method {self.method!r}:", part, kinds)
+            if kinds[part] in seen:
+                raise InputError(f"method {self.method!r} has two parts of one kind, {seen[kinds[part]]} and {part}")
+            seen[kinds[part]] = part
+        if self.targets_name == "adr" and self.averaging_name != "wa":
+            raise InputError(f"method {self.method!r}: adr's teacher are the averaged weights; write {self.method}+wa")
 
     def _check(self) -> None:
         positive = {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size}
@@ -158,26 +209,52 @@ class Recipe:
                 raise unknown_name(f"{name} in the recipe", str(getattr(self, name)), known)
         if not 0 <= self.eps_warmup <= 1:
             raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
-        self.make_objective()
-        self.make_targets()
+        if self.norm == "L2" and self.make_objective().start_ratio != 1:
+            raise InputError(f"recipe: {self.objective_name} is defined for norm Linf only; give norm Linf")
+        if self.awp_options and "awp" not in self.parts:
+            raise InputError(f"recipe: awp_options are given but the method {self.method!r} has no awp")
+        if self.averaging_options and self.averaging_name is None:
+            raise InputError(
+                f"recipe: averaging_options are given but the method {self.method!r} has neither wa nor swa"
+            )
+        for make in (self.make_objective, self.make_targets, self.make_criterion, self.make_awp, self.make_averaging):
+            make()
 
     @property
     def objective_name(self) -> str:
         return self.method.partition("+")[0]
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What the method composes with its objective."""
+        return tuple(self.method.split("+")[1:])
+
+    def _part(self, kind: str) -> str | None:
+        return next((part for part in self.parts if part in PARTS[kind]), None)
+
+    @property
     def targets_name(self) -> str:
-        return self.method.partition("+")[2] or "hard"
+        return self._part("target") or "hard"
+
+    @property
+    def averaging_name(self) -> str | None:
+        return self._part("weight averaging")
 
     def make_objective(self) -> Objective:
-        if self.objective_name not in OBJECTIVES:
-            raise unknown_name("method", self.method, METHODS)
         return make_objective(self.objective_name, **self.objective_options)
 
     def make_targets(self) -> Targets:
-        if self.targets_name not in TARGETS:
-            raise unknown_name("method", self.method, METHODS)
         return make_targets(self.targets_name, **self.target_options)
+
+    def make_criterion(self) -> Criterion:
+        return make_criterion(self._part("criterion") or "ce", **self.criterion_options)
+
+    def make_awp(self) -> AWP | None:
+        return make_named("method part", "awp", {"awp": AWP}, self.awp_options) if "awp" in self.parts else None
+
+    def make_averaging(self) -> AveragingRule | None:
+        name = self.averaging_name
+        return None if name is None else make_named("method part", name, AVERAGING, self.averaging_options)
 
     def learning_rate(self, progress: float) -> float:
         """The learning rate at `progress` epochs (a fraction within an epoch) into the run."""
@@ -253,6 +330,3 @@ def _check_type(name: str, annotation: str, value: Any) -> None:
     # A bool is an int to Python, but not to the author of a recipe.
     if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise InputError(f"recipe: {name} is {value!r}; give {annotation.replace(' | None', '')}")
-
-
-METHODS = tuple(o if t == "hard" else f"{o}+{t}" for o in OBJECTIVES for t in TARGETS)

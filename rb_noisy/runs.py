@@ -163,3 +163,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error
+
+
+def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
+    """The network of a run folder (final weights) or of a pretrained timm name, in eval mode, without gradients.
+
+    Every model of our zoo has a timm name.
+
+    Raises:
+        InputError: neither of the two, or a network for other data.
+    """
+    import timm
+
+    if (Path(name) / "run.json").is_file():
+        run = Run.open(name)
+        own, model = (run.model_options["num_classes"], run.model_options["in_chans"]), run.load()
+    elif timm.is_model(name) and (cfg := timm.get_pretrained_cfg(name)) is not None and cfg.has_weights:
+        own, model = (cfg.num_classes, cfg.input_size[0]), timm.create_model(name, pretrained=True)
+    else:
+        raise InputError(f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm")
+    if own != (num_classes, in_chans):
+        raise InputError(
+            f"teacher {name!r} takes {own[1]} channels to {own[0]} classes, not {in_chans} to {num_classes}"
+        )
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)

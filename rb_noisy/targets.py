@@ -1,58 +1,105 @@
-"""What stands in for the hard label: hard, smoothed (LS), or self-guided (SGLR) targets, and the per-sample record.
+"""What stands in for the hard label, composed with any objective: targets, sample weights and penalties.
 
-A target never carries a gradient. `SampleRecord` holds what training learns about each sample, by its index in the
-training set; everything that needs a sample's history reads it there.
+A target never carries a gradient. Each class here is called once per batch, after the forward passes, and may move the
+`SampleRecord`; those that choose the label *before* the attack do it in `attack_labels`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rb_noisy.attacks import kappa
 from rb_noisy.errors import InputError, make_named
+from rb_noisy.record import SampleRecord
 
 
-class SampleRecord:
-    """Per-sample state on the device, row i for training sample i; saved and restored with the run.
+@dataclass
+class Batch:
+    """One training batch, as targets see it.
 
     Attributes:
-        average: (N, K) float32, p̄ of [SGLR] eq. 8; starts at the one-hot given label, as the released code does.
-        kappa: (N,) int64, κ from the last training attack, −1 before the first (small = suspicious).
-        loss: (N,) float32, cross entropy with the given label in the last training pass (on x̃ where the method
-            attacks, else on x), NaN before the first (large = suspicious).
-        prediction: (N,) int64, the predicted label in that pass, −1 before the first.
+        index: (B,) rows of the batch in the training set.
+        x: (B, C, H, W) images. y: (B,) given labels. hard: (B, K) the same, one-hot.
+        epoch: counted from 0. share: how much of the run is done, 0..1.
+        x_adv, natural, adversarial: the attacked images, and the (B, K) logits on x and on x̃; None before they are
+            computed, and where the method computes none.
+        gather: collects a (B, …) tensor over processes, so that every process keeps the whole record.
+        teach: (teacher's name, images) → its (B, K) logits, without a gradient.
+        supervises: which of the two passes the objective trains towards the target, "natural" or "adversarial".
+        eps, alpha, norm: the training attack's ball and step, for targets that measure κ themselves.
+        draws: the CPU generator of random starts.
+        labels: (B,) what the attack moves away from, once `attack_labels` has chosen it.
     """
 
-    def __init__(self, labels: Tensor, num_classes: int):
-        self.average = F.one_hot(labels, num_classes).float()
-        self.kappa = torch.full_like(labels, -1)
-        self.loss = torch.full_like(labels, torch.nan, dtype=torch.float32)
-        self.prediction = torch.full_like(labels, -1)
+    index: Tensor
+    x: Tensor
+    y: Tensor
+    hard: Tensor
+    epoch: int
+    share: float
+    labels: Tensor | None = None
+    x_adv: Tensor | None = None
+    natural: Tensor | None = None
+    adversarial: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    teach: Callable[[str, Tensor], Tensor] | None = None
+    supervises: str = "adversarial"
+    eps: float = 0.0
+    alpha: float = 0.0
+    steps: int = 0
+    norm: str = "Linf"
+    draws: torch.Generator | None = None
 
-    def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
-        """Enter what a training pass showed of the samples in `index`, each (B,)."""
-        if kappa is not None:
-            self.kappa[index] = kappa
-        self.loss[index] = loss
-        self.prediction[index] = prediction
+    @property
+    def supervised(self) -> Tensor:
+        """The logits that are trained towards the target."""
+        return self.natural if self.supervises == "natural" else self.adversarial
 
-    def update_average(self, index: Tensor, mix: Tensor, momentum: float) -> None:
-        """p̄ ← α·p̄ + (1−α)·mix for the rows in `index` [SGLR eq. 8]."""
-        self.average[index] = momentum * self.average[index] + (1 - momentum) * mix.to(self.average)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.average, "kappa": self.kappa, "loss": self.loss, "prediction": self.prediction}
+Penalty = Callable[[Tensor], Tensor]
+"""Supervised logits (B, K) → a scalar that is added to the loss, and to what the attack raises."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, own in self.state_dict().items():
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise InputError(f"the per-sample record {name!r} has {found}, not {tuple(own.shape)}: other data?")
-            own.copy_(state[name])
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a batch is trained towards: target (B, K), weight (B,) of its samples or None, penalty or None."""
+
+    target: Tensor
+    weight: Tensor | None = None
+    penalty: Penalty | None = None
+
+
+class Targets:
+    """What every target shares; the defaults are those of a target that is a function of the label alone."""
+
+    start_average: ClassVar[str] = "onehot"  # what p̄ starts from: the given label, or "zero"
+    teachers: ClassVar[tuple[str, ...]] = ()  # names for `Batch.teach`
+    attack_penalty: ClassVar[bool] = False  # whether the attack raises the penalty too
+
+    def natural_mode(self, epoch: int) -> str | None:
+        """In which mode the network sees x for this target, "train" or "eval"; None if it needs no such pass."""
+        return None
+
+    def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
+        """Called before every epoch, on every process."""
+
+    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
+        """(B,) the labels that the attack moves away from; called before the attack."""
+        return batch.y
+
+    def penalty(self, batch: Batch, record: SampleRecord) -> Penalty | None:
+        return None
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        """What the batch is trained towards."""
+        raise NotImplementedError
 
 
 def _check_fraction(**values: float) -> None:
@@ -61,16 +108,27 @@ def _check_fraction(**values: float) -> None:
             raise InputError(f"{name} is {value}; give a number from 0 to 1")
 
 
+def _check_at_least(bound: float, **values: float) -> None:
+    for name, value in values.items():
+        if not bound <= value < math.inf:
+            raise InputError(f"{name} is {value}; give a number of at least {bound}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature}; give a number above 0")
+
+
 @dataclass(frozen=True)
-class Hard:
+class Hard(Targets):
     """The given label, one-hot."""
 
-    def __call__(self, hard: Tensor, average: Tensor, epoch: int) -> Tensor:
-        return hard
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        return Assignment(batch.hard)
 
 
 @dataclass(frozen=True)
-class LabelSmoothing:
+class LabelSmoothing(Targets):
     """(r/K)·1 + (1−r)·onehot [SGLR eq. 5]."""
 
     r: float = 0.2
@@ -78,13 +136,13 @@ class LabelSmoothing:
     def __post_init__(self) -> None:
         _check_fraction(r=self.r)
 
-    def __call__(self, hard: Tensor, average: Tensor, epoch: int) -> Tensor:
-        return self.r / hard.shape[1] + (1 - self.r) * hard
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        return Assignment(self.r / batch.hard.shape[1] + (1 - self.r) * batch.hard)
 
 
 @dataclass(frozen=True)
-class SelfGuided:
-    """Self-guided label refinement [SGLR eq. 6–8].
+class SelfGuided(Targets):
+    """Self-guided label refinement [SGLR eq. 6–8], and self-adaptive training (SAT, Huang et al. 2020), its ancestor.
 
     Attributes:
         r: weight of the running average p̄ in the target (eq. 6, 8); 0 is the hard label, 1 is p̄ alone.
@@ -92,6 +150,7 @@ class SelfGuided:
         momentum: α of the running average (eq. 8).
         adversarial_weight: λ, the share of p(x̃) in what is averaged (eq. 7).
         start_epoch: the hard label until this epoch (counted from 0); p̄ is updated from it on.
+        weighted: weigh every sample by max p̄, as SAT does.
     """
 
     r: float = 0.2
@@ -99,37 +158,353 @@ class SelfGuided:
     momentum: float = 0.9
     adversarial_weight: float = 0.8
     start_epoch: int = 0
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         _check_fraction(r=self.r, momentum=self.momentum, adversarial_weight=self.adversarial_weight)
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; give a number above 0")
-        if self.start_epoch < 0:
-            raise InputError(f"start_epoch is {self.start_epoch}; give 0 or a later epoch")
+        _check_temperature(self.temperature)
+        _check_at_least(0, start_epoch=self.start_epoch)
+
+    def natural_mode(self, epoch: int) -> str | None:
+        return "train" if epoch >= self.start_epoch and self.adversarial_weight < 1 else None
 
     @torch.no_grad()
-    def mix(self, natural: Tensor, adversarial: Tensor | None) -> Tensor:
-        """λ·p(x̃) + (1−λ)·p(x), (B, K) [SGLR eq. 7]; p(x) alone where there is no x̃ (standard training)."""
-        p_natural = (natural.detach().float() / self.temperature).softmax(1)
+    def mix(self, natural: Tensor | None, adversarial: Tensor | None) -> Tensor:
+        """λ·p(x̃) + (1−λ)·p(x), (B, K) [SGLR eq. 7]; p of the one pass alone where there is no other."""
+        if natural is None or self.adversarial_weight == 1:
+            return _softmax(adversarial, self.temperature)
         if adversarial is None:
-            return p_natural
-        p_adversarial = (adversarial.detach().float() / self.temperature).softmax(1)
-        return self.adversarial_weight * p_adversarial + (1 - self.adversarial_weight) * p_natural  # eq. 7
+            return _softmax(natural, self.temperature)
+        share = self.adversarial_weight
+        return share * _softmax(adversarial, self.temperature) + (1 - share) * _softmax(natural, self.temperature)
 
-    def __call__(self, hard: Tensor, average: Tensor, epoch: int) -> Tensor:
+    def share_of_average(self, batch: Batch, record: SampleRecord) -> Tensor | float:
+        """r, of every sample alike; (B, 1) where it differs."""
+        return self.r
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if batch.epoch < self.start_epoch:
+            return Assignment(batch.hard)
+        mix = self.mix(batch.natural, batch.adversarial)
+        record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
+        average = record.average[batch.index]
+        r = self.share_of_average(batch, record)
+        target = r * average + (1 - r) * batch.hard  # eq. 8
+        return Assignment(target, average.amax(1) if self.weighted else None)
+
+
+@dataclass(frozen=True)
+class TemporalEnsembling(Targets):
+    """Temporal ensembling for AT (Dong et al. 2022, as their code does it): the hard label, and w·mean((p − p̂)²).
+
+    p̂ is the running average of the *natural* prediction in eval mode, from a zero start, divided by its row sum. The
+    mean is over batch and classes; w = weight·exp(−5(1−t)²), t from 0 at `start_epoch` to 1 at `ramp_end`. The attack
+    raises the penalty too.
+    """
+
+    weight: float = 300.0
+    momentum: float = 0.9
+    start_epoch: int = 0
+    ramp_end: int = 0
+
+    start_average = "zero"
+    attack_penalty = True
+
+    def __post_init__(self) -> None:
+        _check_fraction(momentum=self.momentum)
+        _check_at_least(0, weight=self.weight, start_epoch=self.start_epoch, ramp_end=self.ramp_end)
+
+    def natural_mode(self, epoch: int) -> str | None:
+        return "eval" if epoch >= self.start_epoch else None
+
+    def ramp(self, epoch: int) -> float:
+        """w in this epoch."""
+        length = self.ramp_end - self.start_epoch
+        t = min(1.0, (epoch - self.start_epoch) / length) if length > 0 else 1.0
+        return self.weight * math.exp(-5 * (1 - t) ** 2)
+
+    def penalty(self, batch: Batch, record: SampleRecord) -> Penalty | None:
+        if batch.epoch < self.start_epoch:
+            return None
+        average = record.average[batch.index]
+        total = average.sum(1, keepdim=True)
+        # Until its first average a sample has no p̂ to be drawn to.
+        known, average = (total > 0).float(), average / total.clamp_min(1e-12)
+        return lambda logits: self.ramp(batch.epoch) * (known * (logits.float().softmax(1) - average) ** 2).mean()
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if batch.epoch >= self.start_epoch:
+            p = _softmax(batch.natural)
+            record.update_average(batch.gather(batch.index), batch.gather(p), self.momentum)
+        return Assignment(batch.hard, penalty=self.penalty(batch, record))
+
+
+@dataclass(frozen=True)
+class EarlyLearning(Targets):
+    """Early-learning regularisation (ELR, Liu et al. 2020): the hard label, and λ·mean(log(1 − ⟨p̂, p⟩)).
+
+    p̂ ← β·p̂ + (1−β)·p/Σp from a zero start, p clamped to [1e-4, 1 − 1e-4], from the supervised pass.
+    """
+
+    weight: float = 3.0
+    momentum: float = 0.7
+
+    start_average = "zero"
+
+    def __post_init__(self) -> None:
+        _check_fraction(momentum=self.momentum)
+        _check_at_least(0, weight=self.weight)
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        p = _softmax(batch.supervised).clamp(1e-4, 1 - 1e-4)
+        mix = p / p.sum(1, keepdim=True)
+        record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
+        average = record.average[batch.index]
+
+        def penalty(logits: Tensor) -> Tensor:
+            q = logits.float().softmax(1).clamp(1e-4, 1 - 1e-4)
+            return self.weight * (1 - (average * q).sum(1)).log().mean()
+
+        return Assignment(batch.hard, penalty=penalty)
+
+
+@dataclass(frozen=True)
+class Distillation(Targets):
+    """Distillation from teachers on x̃ (on x in standard training): hard_weight·CE + Σ weight·CE(p_teacher, p).
+
+    KD-AT with a robust teacher alone; with a standard one beside it the loss of KD-SWA (Chen et al. 2021, as their
+    code does it: 0.3, 0.6 and 0.1, T = 2, without the factor T²). CE to the teacher is KL from it but for a constant.
+
+    Attributes:
+        robust, standard: a run folder or a timm name (every model of the zoo has one) of each teacher.
+        robust_weight, standard_weight: the rest, 1 − both, is the hard label's.
+    """
+
+    robust: str | None = None
+    standard: str | None = None
+    robust_weight: float = 0.6
+    standard_weight: float = 0.1
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        _check_fraction(robust_weight=self.robust_weight, standard_weight=self.standard_weight)
+        _check_fraction(**{"robust_weight + standard_weight": sum(self._weights().values())})
+        if not self._weights():
+            raise InputError('kd has no teacher; name a run folder or a model: target_options {"robust": "at_digits"}')
+
+    @property
+    def teachers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._weights())
+
+    def _weights(self) -> dict[str, float]:
+        both = {self.robust: self.robust_weight, self.standard: self.standard_weight}
+        return {name: weight for name, weight in both.items() if name is not None}
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        x = batch.x if batch.x_adv is None else batch.x_adv
+        taught = {name: _softmax(batch.teach(name, x), self.temperature) for name in self.teachers}
+        weights = self._weights()
+
+        def penalty(logits: Tensor) -> Tensor:
+            log_p = (logits.float() / self.temperature).log_softmax(1)
+            return sum(-weights[name] * (p * log_p).sum(1).mean() for name, p in taught.items())
+
+        # The criterion's weight falls to the hard label's share.
+        return Assignment(batch.hard * (1 - sum(weights.values())), penalty=penalty)
+
+
+@dataclass(frozen=True)
+class AnnealedSelfDistillation(Targets):
+    """ADR (Wu et al., ICLR 2024): λᵢ·softmax(f_average(x)/τ) + (1−λᵢ)·onehot, the averaged weights as the teacher.
+
+    λᵢ = clip(λ + p_y − max p, 0, 1): the teacher counts less where it disagrees with the label. Over the run λ rises
+    and τ falls along half a cosine. Needs `+wa`.
+    """
+
+    start_share: float = 0.7
+    end_share: float = 0.95
+    start_temperature: float = 2.0
+    end_temperature: float = 1.0
+
+    teachers = ("average",)
+
+    def __post_init__(self) -> None:
+        _check_fraction(start_share=self.start_share, end_share=self.end_share)
+        _check_temperature(self.start_temperature)
+        _check_temperature(self.end_temperature)
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        rise = 0.5 * (1 - math.cos(math.pi * batch.share))
+        temperature = self.start_temperature + rise * (self.end_temperature - self.start_temperature)
+        share = self.start_share + rise * (self.end_share - self.start_share)
+        p = _softmax(batch.teach("average", batch.x), temperature)
+        mine = (share + (p * batch.hard).sum(1, keepdim=True) - p.amax(1, keepdim=True)).clamp(0, 1)
+        return Assignment(mine * p + (1 - mine) * batch.hard)
+
+
+@dataclass(frozen=True)
+class Annotator(Targets):
+    """The robust annotator [NL Algorithms 1 and 2]: κ and loss select together, predictions re-label.
+
+    From `start_epoch` on, the samples of a batch with κ < `kappa_threshold` against the given label and a natural loss
+    among the batch's greatest (as many as the noise rate says) get argmax f(x) as their label; the attack and the
+    target then use it. κ and loss are measured in eval mode before the attack.
+
+    Attributes:
+        noise_rate: the share of a batch whose loss counts as great; None estimates it from κ and loss
+            (`rb_noisy.label_issues.estimate_noise_rate`).
+    """
+
+    kappa_threshold: int = 2
+    noise_rate: float | None = None
+    start_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, kappa_threshold=self.kappa_threshold, start_epoch=self.start_epoch)
+        if self.noise_rate is not None:
+            _check_fraction(noise_rate=self.noise_rate)
+
+    def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
+        if epoch == self.start_epoch and self.noise_rate is None:
+            record.noise_rate.fill_(record.estimate_noise_rate())
+
+    @torch.no_grad()
+    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
+        if batch.epoch < self.start_epoch:
+            return batch.y
+        rate = float(record.noise_rate) if self.noise_rate is None else self.noise_rate
+        geometry = kappa(
+            model,
+            batch.x,
+            batch.y,
+            eps=batch.eps,
+            alpha=batch.alpha,
+            steps=self.kappa_threshold,
+            norm=batch.norm,
+            seed=int(torch.randint(2**62, (), generator=batch.draws)),
+            batch_size=len(batch.y),
+        )
+        training = model.training
+        logits = model.eval()(batch.x).float()
+        model.train(training)
+        loss = F.cross_entropy(logits, batch.y, reduction="none")
+        great = loss > torch.quantile(loss, 1 - rate)
+        return torch.where((geometry < self.kappa_threshold) & great, logits.argmax(1), batch.y)
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        return Assignment(F.one_hot(batch.labels, batch.hard.shape[1]).to(batch.hard))
+
+
+def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    return (logits.detach().float() / temperature).softmax(1)
+
+
+@dataclass(frozen=True)
+class KappaGuided(SelfGuided):
+    """EXPERIMENT"""
+
+    r: float = 0.1
+    temperature: float = 1.0
+    momentum: float = 0.8
+    adversarial_weight: float = 0.5
+    evidence: str = "kappa"
+    average_epoch: int = 0
+    power: float = 1.0
+
+    def natural_mode(self, epoch: int) -> str | None:
+        return "train" if epoch >= self.average_epoch and self.adversarial_weight < 1 else None
+
+    def suspicion(self, batch: Batch, record: SampleRecord) -> Tensor:
+        i = batch.index
+        average = record.average[i]
+        own = average.gather(1, batch.y[:, None])[:, 0]
+        if self.evidence == "kappa":
+            return (1 - record.kappa_average[i] / batch.steps).clamp(0, 1) ** self.power
+        rate = float(record.noise_rate)
+        k = average.shape[1]
+        other = rate / (k - 1)
+        posterior = (1 - own) * other / (own * (1 - rate) + (1 - own) * other)
+        if self.evidence == "posterior":
+            return posterior
+        if self.evidence == "product":
+            return posterior * (1 - record.kappa_average[i] / batch.steps).clamp(0, 1) ** self.power
+        if self.evidence == "rank":
+            return record.suspicion[i]
+        raise InputError(self.evidence)
+
+    def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
         if epoch < self.start_epoch:
-            return hard
-        return self.r * average + (1 - self.r) * hard  # eq. 8
+            return
+        seen = record.kappa >= 0
+        labels = record.labels
+        k = record.average.shape[1]
+        own = record.average.gather(1, labels[:, None])[:, 0][seen]
+        rate = 0.5
+        for _ in range(50):
+            other = rate / (k - 1)
+            rate = float(((1 - own) * other / (own * (1 - rate) + (1 - own) * other)).mean())
+            rate = min(max(rate, 0.01), 0.9)
+        record.noise_rate.fill_(rate)
+        if self.evidence == "rank":
+            kap, los = record.kappa_average[seen], record.loss_average[seen]
+            score = -kap + 0.01 * los / los.max()
+            rank = score.argsort().argsort().float() / len(score)
+            record.suspicion[seen] = torch.sigmoid((rank - (1 - rate)) / 0.05)
+
+    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
+        if batch.epoch < self.start_epoch:
+            return batch.y
+        s = self.r + (1 - self.r) * self.suspicion(batch, record)[:, None]
+        return (s * record.average[batch.index] + (1 - s) * batch.hard).argmax(1)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if batch.epoch < self.average_epoch:
+            return Assignment(batch.hard)
+        mix = self.mix(batch.natural, batch.adversarial)
+        record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
+        if batch.epoch < self.start_epoch:
+            return Assignment(batch.hard)
+        average = record.average[batch.index]
+        s = self.r + (1 - self.r) * self.suspicion(batch, record)[:, None]
+        return Assignment(s * average + (1 - s) * batch.hard, average.amax(1) if self.weighted else None)
 
 
-Targets = Hard | LabelSmoothing | SelfGuided
+def _sat(**options: float) -> SelfGuided:
+    """SAT for AT (Huang et al. 2020): p̄ of the natural prediction is the whole target, samples weigh max p̄."""
+    return SelfGuided(**{"r": 1.0, "temperature": 1.0, "adversarial_weight": 0.0, "weighted": True} | options)
+
+
+def _sglr_released(**options: float) -> SelfGuided:
+    """What the authors' released code does: plain cross entropy for 90 of 200 epochs, then p̄ itself is the target."""
+    return SelfGuided(**{"r": 1.0, "temperature": 1.0} | options)
+
 
 TARGETS: dict[str, Callable[..., Targets]] = {
     "hard": Hard,
     "ls": LabelSmoothing,
     "sglr": SelfGuided,
-    # What the authors' released code does: plain cross entropy for 90 of 200 epochs, then p̄ itself is the target.
-    "sglr-released": lambda **options: SelfGuided(**{"r": 1.0, "temperature": 1.0, "start_epoch": 90} | options),
+    "sglr-released": _sglr_released,
+    "sat": _sat,
+    "te": TemporalEnsembling,
+    "elr": EarlyLearning,
+    "adr": AnnealedSelfDistillation,
+    "kd": Distillation,
+    "annotator": Annotator,
+    "kgr": KappaGuided,
+}
+
+# Epochs that a target's options name, as shares of the run, for recipes that leave them out.
+EPOCH_SHARES: dict[str, dict[str, float]] = {
+    # The released code starts at epoch 90 of 200; the paper is silent.
+    "sglr": {"start_epoch": 0.45},
+    "sglr-released": {"start_epoch": 0.45},
+    "sat": {"start_epoch": 0.3},  # 60 of 200
+    "te": {"start_epoch": 0.45, "ramp_end": 0.75},  # 90 and 150 of 200
+    "annotator": {"start_epoch": 1 / 3},  # 40 of 120
+    "kgr": {"start_epoch": 1 / 3, "average_epoch": 0.2},
 }
 
 
@@ -140,28 +515,3 @@ def make_targets(name: str, **options: float) -> Targets:
         InputError: unknown name, unknown option, or an option out of range.
     """
     return make_named("target", name, TARGETS, options)
-
-
-@torch.no_grad()
-def refine(
-    targets: Targets,
-    record: SampleRecord,
-    index: Tensor,
-    y: Tensor,
-    natural: Tensor | None,
-    adversarial: Tensor | None,
-    epoch: int,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> Tensor:
-    """The (B, K) target distribution of a batch, after its predictions have entered the record.
-
-    Args:
-        index: (B,) rows of the batch in the training set.
-        y: (B,) given labels.
-        natural, adversarial: (B, K) logits on x and x̃; natural is needed by `SelfGuided` alone.
-        gather: collects a tensor over processes, so that every process keeps the whole record.
-    """
-    num_classes = record.average.shape[1]
-    if isinstance(targets, SelfGuided) and epoch >= targets.start_epoch:
-        record.update_average(gather(index), gather(targets.mix(natural, adversarial)), targets.momentum)
-    return targets(F.one_hot(y, num_classes).to(record.average), record.average[index], epoch)

@@ -6,7 +6,8 @@ epoch). Each file is whole or absent. Random numbers are drawn from (seed, epoch
 draws what the uninterrupted one would have drawn.
 
 Which passes move the BatchNorm statistics: the training pass on x̃, then the one on x where the method has one (so
-that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`. Several
+that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`; with AWP
+only the passes at the perturbed weights. SWA estimates them anew on natural training images, WA averages them. Several
 processes each keep their own statistics within an epoch; at its end they are averaged over the processes.
 """
 
@@ -24,17 +25,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import pgd
+from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, pgd
 from rb_noisy.data import Dataset, augment, load_data
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.noise import NoisyLabels, corrupt
 from rb_noisy.recipes import Recipe
-from rb_noisy.runs import Run, history_file, read_metrics, save_tensors, save_weights
-from rb_noisy.targets import SampleRecord, SelfGuided, refine
+from rb_noisy.record import SampleRecord
+from rb_noisy.runs import Run, history_file, load_teacher, read_metrics, save_tensors, save_weights
+from rb_noisy.targets import Assignment, Batch
+from rb_noisy.tracking import Tracker
+from rb_noisy.weights import Averager, kept_buffers
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,7 +80,7 @@ class _Trainer:
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
 
-        from rb_noisy.backbones import build_backbone
+        from rb_noisy.backbones import FIXED_SIZE, build_backbone
 
         self.recipe, self.path = recipe, path
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
@@ -88,16 +92,15 @@ class _Trainer:
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
         self.device = self.accelerator.device
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
+        self.criterion, self.awp = recipe.make_criterion(), recipe.make_awp()
 
-        data = _first(load_data(recipe.data, data_root), recipe)
-        self.labels = noisy_labels(recipe, data)
-        self.x, self.y = data.x_train.to(self.device), self.labels.given.to(self.device)
-        self.train_index, self.selection = self._split(data)
-        self.tracked = self._tracked(data)
+        data, labels = training_set(recipe, data_root)
+        self.x, self.y = data.x_train.to(self.device), labels.given.to(self.device)
+        self.tracker = Tracker(recipe, data, labels, _seed)
 
         torch.manual_seed(_seed(recipe.seed, 0))
         statistics = _statistics(data.x_train) if recipe.normalize else {}
-        size = {"img_size": data.image_size[0]} if recipe.backbone == "small_cnn" else {}
+        size = {"img_size": data.image_size[0]} if recipe.backbone in FIXED_SIZE else {}
         self.model_options = {
             "name": recipe.backbone,
             "num_classes": data.num_classes,
@@ -113,8 +116,20 @@ class _Trainer:
             self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.record = SampleRecord(self.y, data.num_classes)
+        averaging = recipe.make_averaging()
+        self.averager = None if averaging is None else Averager(self.model, averaging)
+        self.teachers = {
+            name: load_teacher(name, data.num_classes, data.in_chans).to(self.device)
+            for name in self.targets.teachers
+            if name != "average"
+        }
+        self.record = SampleRecord(self.y, data.num_classes, self.targets.start_average)
         self.first_epoch, self.best = self._begin(resume)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is measured and saved: with weight averaging the averaged one."""
+        return self.model if self.averager is None else self.averager.model
 
     def run(
         self,
@@ -125,7 +140,8 @@ class _Trainer:
             started = time.perf_counter()
             trained = self._train_epoch(epoch, on_batch)
             if self.accelerator.is_main_process:
-                metrics = {"epoch": epoch, **trained, **self._measure(epoch)}
+                metrics = {"epoch": epoch, **trained}
+                metrics |= self.tracker.measure(self.evaluated, epoch, self.device)
                 metrics["seconds"] = round(time.perf_counter() - started, 3)
                 self._save(epoch, metrics)
                 if on_epoch is not None:
@@ -133,7 +149,7 @@ class _Trainer:
             self.accelerator.wait_for_everyone()
         final = self.path / "final.safetensors"
         if self.accelerator.is_main_process and (self.first_epoch < self.recipe.epochs or not final.is_file()):
-            save_weights(self.model, self.path / "final.safetensors")
+            save_weights(self.evaluated, self.path / "final.safetensors")
         self.accelerator.wait_for_everyone()
         return Run.open(self.path)
 
@@ -142,11 +158,13 @@ class _Trainer:
         torch.manual_seed(_seed(recipe.seed, 2, epoch, rank))  # dropout
         draws = torch.Generator().manual_seed(_seed(recipe.seed, 3, epoch, rank))  # crops, flips, random starts
         shared = torch.Generator().manual_seed(_seed(recipe.seed, 4, epoch))  # the same order on every process
-        order = self.train_index[torch.randperm(len(self.train_index), generator=shared)]
+        train_index = self.tracker.train_index
+        order = train_index[torch.randperm(len(train_index), generator=shared)]
         order = order[: len(order) // world * world]
         batches = [batch for batch in order[rank::world].split(recipe.batch_size) if len(batch) > 1]
         if not batches:
-            raise InputError(f"{len(self.train_index)} training samples are too few for {world} processes")
+            raise InputError(f"{len(train_index)} training samples are too few for {world} processes")
+        self.targets.begin_epoch(self.record, epoch)
         losses, norms = [], []
         for step, batch in enumerate(batches):
             progress = epoch + step / len(batches)
@@ -155,11 +173,17 @@ class _Trainer:
             loss, norm = self._train_step(batch.to(self.device), epoch, progress, draws)
             if not torch.isfinite(loss):
                 raise self._diverged(f"the loss is {loss.item()}", epoch, step)
+            if self.averager is not None:
+                self.averager.after_step(self.model, (epoch + (step + 1) / len(batches)) / recipe.epochs)
             losses.append(loss)
             norms.append(norm)
             if on_batch is not None:
                 on_batch(epoch, step + 1, len(batches))
         self._average_buffers()
+        if self.averager is not None:
+            self.averager.after_epoch(self.model, (epoch + 1) / recipe.epochs)
+            images = (self.x[batch.to(self.device)] for batch in batches)
+            self.averager.refresh_statistics(x.contiguous(memory_format=torch.channels_last) for x in images)
         # The last step may have broken what its loss did not show yet; such weights are never saved.
         if not all(torch.isfinite(v).all() for v in self.model.state_dict().values() if v.is_floating_point()):
             raise self._diverged("the weights are no longer finite", epoch, len(batches) - 1)
@@ -171,55 +195,131 @@ class _Trainer:
 
     def _train_step(self, index: Tensor, epoch: int, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """One optimiser step on the samples `index`; the loss and the gradient norm, both on the device."""
-        recipe, objective = self.recipe, self.objective
+        recipe = self.recipe
         x, y = self.x[index], self.y[index]
         if recipe.augment:
             x = augment(x, generator=draws)
         x = x.contiguous(memory_format=torch.channels_last)
-        attack = adversarial = natural = None
+        grown = min(1.0, progress / (recipe.eps_warmup * recipe.epochs)) if recipe.eps_warmup else 1.0
+        batch = Batch(
+            index=index,
+            x=x,
+            y=y,
+            hard=F.one_hot(y, self.record.average.shape[1]).to(self.record.average),
+            epoch=epoch,
+            share=progress / recipe.epochs,
+            supervises=self.objective.supervises,
+            eps=recipe.eps * grown,
+            alpha=recipe.alpha * grown,
+            steps=recipe.steps,
+            norm=recipe.norm,
+            draws=draws,
+            gather=self._gather,
+            teach=self._teach,
+        )
         self.wrapped.train()
-        if objective.attack_loss is not None:
-            grown = min(1.0, progress / (recipe.eps_warmup * recipe.epochs)) if recipe.eps_warmup else 1.0
-            attack = pgd(
-                self.model,
-                x,
-                y,
-                eps=recipe.eps * grown,
-                alpha=recipe.alpha * grown,
-                steps=recipe.steps,
-                norm=recipe.norm,
-                loss=objective.attack_loss,
-                random_start=objective.random_start,
-                generator=draws,
-                mode=recipe.attack_mode,
-            )
-            adversarial = self.wrapped(attack.x_adv)
-        if objective.uses_natural:
-            natural = self.wrapped(x)
-        elif isinstance(self.targets, SelfGuided) and epoch >= self.targets.start_epoch:
-            with torch.no_grad():
-                natural = self.wrapped(x)
-        target = refine(self.targets, self.record, index, y, natural, adversarial, epoch, self._gather)
-        loss = objective(natural, adversarial, target)
-        logits = natural if adversarial is None else adversarial
-        with torch.no_grad():
-            per_sample = F.cross_entropy(logits.float(), y, reduction="none")
-            kappa = None if attack is None else self._gather(attack.kappa)
-            seen = self._gather(index), kappa, self._gather(per_sample), self._gather(logits.argmax(1))
-            self.record.observe(*seen)
+        batch.labels = self.targets.attack_labels(self.model, batch, self.record)
+        kappa = self._attack(batch)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        if self.awp is None or epoch < self.awp.warmup:
+            assignment, loss = self._forward(batch, kappa, self.wrapped)
+            self.accelerator.backward(loss)
+        else:
+            # Of the two passes only the one at the perturbed weights may move the BatchNorm statistics.
+            with kept_buffers(self.model):
+                assignment, loss = self._forward(batch, kappa, self.model)
+                gradients = self._gradients(loss)
+            with self.awp.perturbed(self.model, gradients):
+                self._passes(batch, self.wrapped)
+                loss = self._loss(batch, assignment)
+                self.accelerator.backward(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm()
         self.optimizer.step()
         return loss.detach(), norm
+
+    def _attack(self, batch: Batch) -> Tensor | None:
+        """Put x̃ into the batch; κ against the given labels, None where the method does not attack."""
+        recipe, objective = self.recipe, self.objective
+        if objective.attack_loss is None:
+            return None
+        loss: str | AttackLoss = objective.attack_loss
+        penalty = self.targets.penalty(batch, self.record) if self.targets.attack_penalty else None
+        if penalty is not None:
+            raised = ATTACK_LOSSES[objective.attack_loss]
+
+            def loss(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+                return raised(logits, natural, y) + len(y) * penalty(logits)
+
+        attack = pgd(
+            self.model,
+            batch.x,
+            batch.labels,
+            eps=batch.eps,
+            alpha=batch.alpha,
+            steps=recipe.steps,
+            norm=recipe.norm,
+            loss=loss,
+            random_start=objective.random_start,
+            start_radius=None if objective.start_ratio == 1 else objective.start_ratio * batch.eps,
+            project=objective.project,
+            generator=batch.draws,
+            mode=recipe.attack_mode,
+            kappa_labels=batch.y,
+        )
+        batch.x_adv = attack.x_adv
+        return attack.kappa
+
+    def _passes(self, batch: Batch, network: nn.Module) -> None:
+        """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last."""
+        if batch.x_adv is not None:
+            batch.adversarial = network(batch.x_adv)
+        if self.objective.uses_natural:
+            batch.natural = network(batch.x)
+
+    def _forward(self, batch: Batch, kappa: Tensor | None, network: nn.Module) -> tuple[Assignment, Tensor]:
+        """All passes of the batch, what it is trained towards, and the loss; the record learns of it."""
+        mode, guiding = self.targets.natural_mode(batch.epoch), None
+        if mode == "eval":
+            guiding = self._without_gradient(self.model.eval(), batch.x)
+            self.wrapped.train()
+        self._passes(batch, network)
+        if mode == "train" and not self.objective.uses_natural:
+            guiding = self._without_gradient(network, batch.x)
+        with torch.no_grad():
+            logits = batch.natural if batch.adversarial is None else batch.adversarial
+            per_sample = F.cross_entropy(logits.float(), batch.y, reduction="none")
+            seen = (batch.index, kappa, per_sample, logits.argmax(1))
+            self.record.observe(*(None if value is None else self._gather(value) for value in seen))
+            assignment = self.targets(batch if guiding is None else replace(batch, natural=guiding), self.record)
+        return assignment, self._loss(batch, assignment)
+
+    @torch.no_grad()
+    def _without_gradient(self, network: nn.Module, x: Tensor) -> Tensor:
+        return network(x)
+
+    def _loss(self, batch: Batch, assignment: Assignment) -> Tensor:
+        loss = self.objective(batch.natural, batch.adversarial, assignment.target, assignment.weight, self.criterion)
+        return loss if assignment.penalty is None else loss + assignment.penalty(batch.supervised)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """Of the loss by every parameter, the mean over the processes."""
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        if self.accelerator.num_processes > 1:
+            gradients = [self.accelerator.reduce(g, reduction="mean") for g in gradients]
+        return list(gradients)
+
+    @torch.no_grad()
+    def _teach(self, name: str, x: Tensor) -> Tensor:
+        return (self.averager.model if name == "average" else self.teachers[name])(x)
 
     def _gather(self, tensor: Tensor) -> Tensor:
         return self.accelerator.gather(tensor) if self.accelerator.num_processes > 1 else tensor
 
     def _average_buffers(self) -> None:
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
+            averaged = () if self.averager is None else self.averager.model.buffers()
+            for buffer in (*self.model.buffers(), *averaged):
                 if buffer.is_floating_point():
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
@@ -241,75 +341,6 @@ class _Trainer:
                 f"backbone {self.recipe.backbone!r} cannot take the {shape} images of {data.name} ({error}); "
                 "choose another, or set its size in backbone_options"
             ) from error
-
-    @torch.no_grad()
-    def _measure(self, epoch: int) -> dict[str, Any]:
-        """Natural and PGD accuracy, mean loss and mean κ of each tracked set, all in eval mode."""
-        recipe, metrics = self.recipe, {}
-        for name, (x, y) in self.tracked.items():
-            if not len(x):  # no sample is wrong without noise
-                metrics |= dict.fromkeys(f"{name}_{m}" for m in ("natural_acc", "pgd_acc", "loss", "kappa"))
-                continue
-            sums = torch.zeros(4, dtype=torch.float64)
-            starts = torch.Generator().manual_seed(_seed(recipe.seed, 5, epoch))
-            for xb, yb in zip(x.split(500), y.split(500), strict=True):
-                xb, yb = xb.to(self.device), yb.to(self.device)
-                attack = pgd(
-                    self.model,
-                    xb,
-                    yb,
-                    eps=recipe.eps,
-                    alpha=recipe.alpha,
-                    steps=recipe.track_steps,
-                    norm=recipe.norm,
-                    generator=starts,
-                    evaluate_final=True,
-                )
-                self.model.eval()
-                logits = self.model(xb).float()
-                sums[0] += (logits.argmax(1) == yb).sum().item()
-                sums[1] += attack.final_correct.sum().item()
-                sums[2] += F.cross_entropy(logits, yb, reduction="sum").item()
-                sums[3] += attack.kappa.sum().item()
-            values = (sums / len(x)).tolist()
-            metrics |= {
-                f"{name}_{m}": v for m, v in zip(("natural_acc", "pgd_acc", "loss", "kappa"), values, strict=True)
-            }
-        metrics["selection_pgd_acc"] = metrics[f"{self.selection}_pgd_acc"]
-        return metrics
-
-    def _split(self, data: Dataset) -> tuple[Tensor, str]:
-        count = len(data.x_train)
-        if not self.recipe.validation:
-            return torch.arange(count), "test"
-        if self.recipe.validation >= count:
-            raise InputError(f"validation is {self.recipe.validation} but there are {count} training images")
-        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(_seed(self.recipe.seed, 1)))
-        self.held_out = shuffled[: self.recipe.validation]
-        return shuffled[self.recipe.validation :].sort().values, "validation"
-
-    def _tracked(self, data: Dataset) -> dict[str, tuple[Tensor, Tensor]]:
-        """A fixed sample of each kind, the same in every epoch and every run of this seed."""
-        labels, given = self.labels, self.labels.given
-        wrong = labels.is_wrong[self.train_index]
-        sets = {}
-        for name, index in (
-            ("train_correct", self.train_index[~wrong]),
-            ("train_incorrect", self.train_index[wrong]),
-        ):
-            index = self._some(index)
-            sets[name] = (data.x_train[index], given[index])
-        if self.selection == "validation":
-            sets["validation"] = (data.x_train[self.held_out], given[self.held_out])
-        index = self._some(torch.arange(len(data.x_test)))
-        sets["test"] = (data.x_test[index], data.y_test[index])
-        return sets
-
-    def _some(self, index: Tensor) -> Tensor:
-        if not self.recipe.track or len(index) <= self.recipe.track:
-            return index
-        generator = torch.Generator().manual_seed(_seed(self.recipe.seed, 6))
-        return index[torch.randperm(len(index), generator=generator)[: self.recipe.track].sort().values]
 
     def _begin(self, resume: bool) -> tuple[int, float]:
         """Write `run.json`, or take up the run that is there: the first epoch to do, and the best score so far."""
@@ -344,7 +375,7 @@ class _Trainer:
     def _save(self, epoch: int, metrics: dict[str, Any]) -> None:
         if metrics["selection_pgd_acc"] > self.best:
             self.best = metrics["selection_pgd_acc"]
-            save_weights(self.model, self.path / "best.safetensors")
+            save_weights(self.evaluated, self.path / "best.safetensors")
         self._save_history(epoch)
         # The state comes last: a kill before it repeats this epoch, and the metrics are cut back to it.
         lines = [*read_metrics(self.path)[:epoch], metrics]
@@ -352,6 +383,8 @@ class _Trainer:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"record.{k}": v for k, v in self.record.state_dict().items()}
+        if self.averager is not None:
+            tensors |= {f"averager.{k}": v for k, v in self.averager.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             if state.get("momentum_buffer") is not None:
                 tensors[f"optimizer.{number}"] = state["momentum_buffer"]
@@ -366,7 +399,7 @@ class _Trainer:
         save_tensors(history, history_file(self.path, epoch), {})
 
     def _restore(self, file: Path) -> tuple[int, float]:
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "averager": {}, "optimizer": {}}
         try:
             for name, tensor in load_file(file).items():
                 group, _, rest = name.partition(".")
@@ -384,6 +417,8 @@ class _Trainer:
             )
         self.model.load_state_dict(groups["model"])
         self.record.load_state_dict(groups["record"])
+        if self.averager is not None:
+            self.averager.load_state_dict(groups["averager"])
         optimizer = self.optimizer.state_dict()
         # A momentum buffer has the memory format of its parameter: the arithmetic depends on it.
         parameters = list(self.model.parameters())
@@ -395,21 +430,35 @@ class _Trainer:
         return epoch + 1, best
 
 
-def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
-    """The training labels that a recipe trains on, for (N,) `data.y_train`."""
-    return corrupt(
-        data.y_train, recipe.noise, recipe.noise_rate, data.num_classes, recipe.noise_seed, **recipe.noise_options
-    )
+def training_set(recipe: Recipe, data_root: str | Path | None = None) -> tuple[Dataset, NoisyLabels]:
+    """The data that a recipe trains on, and the labels it has there: `train_size` images at most.
 
-
-def _first(data: Dataset, recipe: Recipe) -> Dataset:
-    """The data set with the training images that the recipe trains on."""
+    Raises:
+        InputError: the data set or the label noise cannot be had, or is smaller than `train_size`.
+    """
+    data = load_data(recipe.data, data_root)
+    # Before the cut, because label files and part-dependent noise are for the whole training set.
+    labels = noisy_labels(recipe, data)
     count = recipe.train_size
     if count is None:
-        return data
+        return data, labels
     if count > len(data.x_train):
         raise InputError(f"train_size is {count} but {data.name} has {len(data.x_train)} training images")
-    return replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
+    data = replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
+    return data, replace(labels, given=labels.given[:count], true=labels.true[:count])
+
+
+def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
+    """The labels that a recipe gives to all (N,) training images of a data set."""
+    return corrupt(
+        data.y_train,
+        recipe.noise,
+        recipe.noise_rate,
+        data.num_classes,
+        recipe.noise_seed,
+        images=data.x_train,
+        **recipe.noise_options,
+    )
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

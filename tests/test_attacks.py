@@ -188,6 +188,63 @@ def test_attack_leaves_parameters_without_gradient_and_works_under_no_grad():
     assert not x_adv.requires_grad
 
 
+def test_n_fgsm_matches_its_definition():
+    model, (x, y) = small_net(), samples()
+    eps = 0.1
+    noise = 2 * eps * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype) - 1)
+    start = (x + noise).clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(start), y, reduction="sum"), start)
+    expected = (start.detach() + eps * gradient.sign()).clamp(0, 1)  # never back to the ball
+    settings = {"eps": eps, "alpha": eps, "steps": 1, "start_radius": 2 * eps, "seed": 7}
+    result = pgd(model, x, y, project=False, **settings)
+    torch.testing.assert_close(result.x_adv, expected)
+    assert result.kappa.tolist() == (model(start).argmax(1) == y).long().tolist()
+    assert (result.x_adv - x).abs().max() > 2 * eps
+    projected = pgd(model, x, y, **settings).x_adv
+    torch.testing.assert_close(projected, expected.clamp(x - eps, x + eps))
+
+
+@settings(max_examples=20)
+@given(radius=st.floats(0, 0.6), seed=st.integers(0, 99))
+def test_a_start_radius_bounds_the_start_and_nothing_else(radius, seed):
+    model, (x, y) = small_net(), samples(seed, 6)
+    start = start_of(model, x, y, eps=0.1, start_radius=radius, seed=seed)
+    assert (start - x).abs().max() <= radius + 1e-9
+    assert torch.equal(start, start_of(model, x, y, eps=radius, seed=seed))
+    x_adv = pgd(model, x, y, eps=0.1, alpha=0.02, steps=2, start_radius=radius, seed=seed).x_adv
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-9
+
+
+def test_without_projection_l2_steps_keep_their_length():
+    model, (x, y) = small_net(), samples()
+    x = 0.4 + 0.2 * x  # away from 0 and 1
+    x_adv = pgd(model, x, y, eps=0.01, alpha=0.1, steps=1, norm="L2", random_start=False, project=False).x_adv
+    torch.testing.assert_close((x_adv - x).flatten(1).norm(dim=1), torch.full((24,), 0.1, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("definition", ["first", "count"])
+def test_kappa_labels_judge_an_attack_on_other_labels(definition):
+    model, (x, y) = small_net(), samples(n=48)
+    attacked = model(x).argmax(1)
+    judged = torch.where(torch.arange(48) % 2 == 0, y, attacked)
+    common = {"eps": 0.25, "alpha": 0.07, "steps": 8, "seed": 5, "definition": definition, "evaluate_final": True}
+    result = pgd(model, x, attacked, kappa_labels=judged, **common)
+    plain = pgd(model, x, attacked, **common)
+    assert torch.equal(result.x_adv, plain.x_adv)
+    assert not torch.equal(result.kappa, plain.kappa)
+    # The iterates one by one: PGD-t from the same start is x⁽ᵗ⁾.
+    iterates = [pgd(model, x, attacked, **common | {"steps": t}).x_adv for t in range(9)]
+    hits = [[int(p) == int(j) for p, j in zip(model(i).argmax(1), judged, strict=True)] for i in iterates]
+    for n in range(48):
+        seen = [hits[t][n] for t in range(8)]
+        first = next((t for t, hit in enumerate(seen) if not hit), 8)
+        assert result.kappa[n] == (first if definition == "first" else sum(seen))
+        assert result.final_correct[n] == hits[8][n]
+        assert result.broken[n] == (not all([*seen, hits[8][n]]))
+    same = pgd(model, x, attacked, kappa_labels=attacked, **common)
+    assert torch.equal(same.kappa, plain.kappa)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -202,6 +259,10 @@ def test_attack_leaves_parameters_without_gradient_and_works_under_no_grad():
         ({"x": torch.full((24, 1, 5, 5), float("nan"))}, "scale them to"),
         ({"x": torch.zeros(24, 25)}, "give (N, C, H, W)"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, "one integer label per image"),
+        ({"kappa_labels": torch.zeros(3, dtype=torch.int64)}, "(3,) kappa_labels for 24 images"),
+        ({"start_radius": -0.1}, "start_radius is -0.1"),
+        ({"start_radius": 0.1, "norm": "L2"}, "leave it out"),
+        ({"start_radius": 0.1, "random_start": "gaussian"}, "leave it out"),
     ],
 )
 def test_bad_settings_are_named(change, words):

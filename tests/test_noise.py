@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rb_noisy.errors import InputError
-from rb_noisy.noise import NoisyLabels, corrupt, transition_matrix
+from rb_noisy.noise import NoisyLabels, corrupt, instance_probabilities, transition_matrix
 
 LABELS = np.arange(40_000) % 10
 MATRIX = [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.1, 0.2, 0.7]]
@@ -177,72 +178,123 @@ def test_the_given_array_is_not_changed():
     assert (true == np.arange(1000) % 10).all()
 
 
-@pytest.mark.parametrize("suffix", ["npy", "csv", "txt"])
-def test_matrix_from_a_file_is_the_matrix(tmp_path, suffix):
-    path = tmp_path / f"t.{suffix}"
-    if suffix == "npy":
-        np.save(path, MATRIX)
-    else:
-        np.savetxt(path, MATRIX, delimiter="," if suffix == "csv" else " ")
-    np.testing.assert_allclose(transition_matrix("matrix", None, 3, matrix=path), MATRIX)
-    assert corrupt([0, 1, 2], "matrix", 0, 3, matrix=str(path)).options["matrix"] == MATRIX
+# --- noise by image ---------------------------------------------------------------------------------------------------
 
 
-# --- human labels -----------------------------------------------------------------------------------------------------
+def _images(n: int, seed: int = 0, side: int = 4) -> torch.Tensor:
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", ["h.npy", "h.npz", "h.txt", "h.csv"])
-def test_human_labels_are_read(tmp_path, name):
-    path, human = tmp_path / name, np.array([2, 0, 1, 2], np.uint8)
-    if name == "h.npy":
-        np.save(path, human)
-    elif name == "h.npz":
-        np.savez(path, human)
-    else:
-        path.write_text("2\n0\n1\n2\n")
-    labels = corrupt([2, 1, 1, 0], "human", None, 3, file=path)
-    assert labels.given.tolist() == [2, 0, 1, 2]
-    assert labels.is_wrong.tolist() == [False, True, False, True]
-    assert (labels.rate, labels.seed, labels.options) == (None, None, {"file": str(path)})
+def test_instance_probabilities_are_those_of_a_literal_loop():
+    true, x, seed, k, rate, std = [2, 0, 2, 1], _images(4), 11, 3, 0.35, 0.2
+    normal = NormalDist()
+
+    def uniform(stream, n):
+        words = np.random.PCG64(seed).jumped(stream).random_raw(n)
+        return [(int(word) // 2**12 + 0.5) / 2**52 for word in words]
+
+    low, high = normal.cdf(-rate / std), normal.cdf((1 - rate) / std)
+    rates = uniform(1, len(true))
+    expected = np.zeros((len(true), k))
+    for i, y in enumerate(true):
+        q = rate + std * normal.inv_cdf(low + (high - low) * rates[i])
+        image = x[i].flatten().tolist()
+        mean = sum(image) / len(image)
+        length = math.sqrt(sum((v - mean) ** 2 for v in image))
+        w = [normal.inv_cdf(u) for u in uniform(2 + y, len(image) * k)]
+        scores = [sum(2 * (v - mean) / length * w[p * k + j] for p, v in enumerate(image)) for j in range(k)]
+        total = sum(math.exp(scores[j]) for j in range(k) if j != y)
+        for j in range(k):
+            expected[i, j] = 1 - q if j == y else q * math.exp(scores[j]) / total
+    actual = instance_probabilities(true, x, rate, k, seed, std)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
 
 
-def test_human_labels_by_key(tmp_path):
-    path = tmp_path / "h.npz"
-    np.savez(path, clean=[0, 1], worse=[1, 1])
-    assert corrupt([0, 1], "human", None, 2, file=path, key="worse").given.tolist() == [1, 1]
-    for key, problem in ((None, "several arrays"), ("best", "no array 'best'")):
-        with pytest.raises(InputError, match=rf"h\.npz .*{problem}.*clean, worse"):
-            corrupt([0, 1], "human", None, 2, file=path, key=key)
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.4, 0.7, 1.0])
+def test_wrong_share_of_instance_noise_is_the_mean_of_the_truncated_normal(rate):
+    labels = corrupt(LABELS, "instance", rate, 10, seed=1, images=_images(len(LABELS), side=2))
+    normal, a, b = NormalDist(), -rate / 0.1, (1 - rate) / 0.1
+    expected = rate + 0.1 * (normal.pdf(a) - normal.pdf(b)) / (normal.cdf(b) - normal.cdf(a))
+    assert float(labels.is_wrong.double().mean()) == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(LABELS)))
+    if 0.2 <= rate <= 0.7:
+        assert expected == pytest.approx(rate, abs=0.006)
 
 
-def test_bad_label_files_are_named(tmp_path):
-    def refused(name, content, message, **options):
-        path = tmp_path / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content is not None:
-            np.save(path, content)
-        with pytest.raises(InputError, match=message) as error:
-            corrupt([0, 1, 2, 0], "human", None, 3, file=path, **options)
-        assert name in str(error.value)
+def test_instance_labels_follow_their_probabilities():
+    x = _images(1).expand(20_000, -1, -1, -1)
+    true = torch.zeros(20_000, dtype=torch.int64)
+    given = corrupt(true, "instance", 0.5, 5, images=x).given
+    expected = instance_probabilities(true, x, 0.5, 5).sum(0)
+    chi_square = float(((torch.bincount(given, minlength=5) - expected) ** 2 / expected).sum())
+    assert chi_square < 4 + 4 * math.sqrt(8)
 
-    refused("a.txt", b"0\n1\n2\n", "3 labels for 4 samples")
-    refused("a.txt", b"0\n1\n3\n7\n", r"label 3 at index 2 is outside classes 0\.\.2")
-    refused("a.txt", b"0\n-1\n0\n0\n", "label -1 at index 1")
-    refused("a.csv", b"label\n0\n1\n2\n", "line 1 .*'label'")
-    refused("a.csv", b"0\n1\n\n2\n", "line 3 .*''")
-    refused("a.txt", b"", "integers of shape")
-    refused("a.txt", b"\xff\xfe0", "cannot be read as text")
-    refused("b.npy", np.array([0.0, 1, 2, 0]), "dtype float64")
-    refused("b.npy", np.zeros((4, 1), int), r"shape \(4, 1\)")
-    refused("b.npy", np.array([0, None], object), "cannot be read as .npy")
-    refused("b.npy", b"\x93NUMPY half", "cannot be read as .npy")
-    refused("c.npz", b"PK half", "damaged")
-    refused("gone.npz", None, "no file")
-    refused("gone.npy", None, "No such file")
-    refused("gone.txt", None, "No such file")
-    refused("d.pt", b"", "no pickle is read")
-    refused("a.txt", b"0\n", "key 'x'", key="x")
+
+def test_the_image_decides_where_a_label_goes():
+    true = torch.zeros(500, dtype=torch.int64)
+    first, second = (instance_probabilities(true, _images(500, seed), 0.4, 10) for seed in (0, 1))
+    torch.testing.assert_close(first[:, 0], second[:, 0])  # the flip rate is the position's
+    assert (first - second).abs().sum(1).median() > 0.2
+    target = first[:, 1:] / first[:, 1:].sum(1, keepdim=True)
+    assert 0.3 < float(target.max(1).values.mean()) < 0.8  # neither uniform, 1/9, nor one-hot
+    brighter = instance_probabilities(true, _images(500) * 0.5 + 0.25, 0.4, 10)
+    torch.testing.assert_close(brighter, first, rtol=0, atol=1e-5)
+
+
+def test_an_image_takes_its_target_along():
+    true, x = torch.arange(60) % 3, _images(60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    moved = instance_probabilities(true[order], x[order], 0.4, 3, std=0)
+    torch.testing.assert_close(moved, instance_probabilities(true, x, 0.4, 3, std=0)[order], rtol=0, atol=1e-12)
+    head = corrupt(true[:20], "instance", 0.4, 3, images=x[:20]).given
+    assert torch.equal(head, corrupt(true, "instance", 0.4, 3, images=x).given[:20])
+
+
+def test_instance_noise_at_its_edges():
+    x = torch.cat([torch.full((2, 1, 5, 5), 0.3), _images(2, side=5)[:, :1]])
+    plain = instance_probabilities([0, 1, 0, 1], x, 0.3, 3, std=0.0)
+    torch.testing.assert_close(plain[:2], torch.tensor([[0.7, 0.15, 0.15], [0.15, 0.7, 0.15]]).double())
+    assert not corrupt(LABELS[:2000], "instance", 0, 10, images=_images(2000, side=2)).is_wrong.any()
+    assert corrupt([0, 1, 0, 1], "instance", 1, 3, images=x, std=0).is_wrong.all()
+    assert not torch.equal(*(instance_probabilities([0, 1, 0, 1], x, 0.3, 3, seed=s) for s in (0, 1)))
+
+
+def test_instance_labels_never_change_for_a_seed():
+    x = torch.arange(20 * 16).remainder(7).reshape(20, 1, 4, 4) / 7
+    given = corrupt([0, 1, 2, 3, 4] * 4, "instance", 0.5, 5, seed=7, images=x).given.tolist()
+    assert given == [1, 4, 2, 3, 2, 4, 0, 3, 3, 2, 0, 1, 0, 2, 3, 0, 4, 3, 3, 4]
+
+
+def test_saved_instance_labels_know_their_images(tmp_path):
+    x = _images(50)
+    labels = corrupt(LABELS[:50], "instance", 0.4, 10, seed=3, images=x, std=0.05)
+    assert labels.options.keys() == {"std", "images_sha256"}
+    labels.save(tmp_path / "labels.npz")
+    back = NoisyLabels.load(tmp_path / "labels.npz")
+    assert repr(back) == repr(labels)
+    arguments = (back.true, back.kind, back.rate, back.num_classes, back.seed)
+    assert torch.equal(corrupt(*arguments, images=x.double(), **back.options).given, labels.given)
+    with pytest.raises(InputError, match=r"images have SHA-256 .* not " + back.options["images_sha256"]):
+        corrupt(*arguments, images=x.flip(0), **back.options)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, r"'instance' depends on the images: give images="),
+        (_images(3), "3 images for 2 labels"),
+        (_images(2).flatten(1), r"images are \(2, 48\) torch.float32"),
+        (_images(2).mul(255).byte(), "torch.uint8.* needs a tensor of"),
+        (_images(2).numpy(), "images are ndarray"),
+        (_images(2)[:, :0], r"images are \(2, 0, 4, 4\)"),
+        (_images(2) * 3 - 1, r"images range over -0\.9.*\[0, 1\]"),
+        (_images(2) + 0.5, r"images range over 0\.5.*\.\.1\.4.*\[0, 1\]"),
+        (_images(2) * torch.nan, "images range over nan"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_by_instance_noise_alone(images, message):
+    with pytest.raises(InputError, match=message):
+        corrupt([0, 1], "instance", 0.4, 3, images=images)
+    assert corrupt([0, 1], "symmetric", 0.4, 3, images=images).options == {}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -261,6 +313,12 @@ BAD_CALLS = {
     "unknown option": ([0], "pair", 0.1, 3, {"alow_majority": True}, "option of noise 'pair'.*mean allow_majority"),
     "option of another noise": ([0], "symmetric", 0.1, 3, {"class_map": {0: 1}}, "option of noise 'symmetric'"),
     "unknown human option": ([0], "human", None, 3, {"path": "x.txt"}, "option of noise 'human'.*'path'"),
+    "no rate by image": ([0], "instance", None, 3, {"images": torch.rand(1, 1, 2, 2)}, "'instance' needs a rate"),
+    "rate by image": ([0], "instance", 1.1, 3, {"images": torch.rand(1, 1, 2, 2)}, "rate 1.1"),
+    "std": ([0], "instance", 0.1, 3, {"images": torch.rand(1, 1, 2, 2), "std": -0.1}, "std -0.1"),
+    "seed by image": ([0], "instance", 0.1, 3, {"images": torch.rand(1, 1, 2, 2), "seed": -1}, "seed -1"),
+    "unknown option by image": ([0], "instance", 0.1, 3, {"sdt": 0.1}, "option of noise 'instance'.*mean std"),
+    "argument to a noise": ([0], "pair:0.4", None, 3, {}, "unknown noise 'pair:0.4'; did you mean pair"),
     "no file": ([0], "human", None, 3, {}, "needs file="),
     "no map": ([0], "asymmetric", 0.1, 3, {}, "no default class map for 3 classes"),
     "map out of range": ([0], "asymmetric", 0.1, 3, {"class_map": {0: 3}}, r"0: 3 is outside classes 0\.\.2"),
@@ -295,16 +353,10 @@ def test_what_cannot_be_meant_is_refused(case):
         corrupt(labels, noise, rate, k, **options)
 
 
-def test_matrix_file_with_text_is_named(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("1,0\n0,one\n")
-    with pytest.raises(InputError, match=r"t\.csv has something else than numbers"):
-        transition_matrix("matrix", None, 2, matrix=path)
-
-
-def test_human_noise_has_no_matrix():
-    with pytest.raises(InputError, match=r"'human' .* no transition matrix"):
-        transition_matrix("human", None, 3)
+@pytest.mark.parametrize("noise", ["human", "human:labels.npz:worse", "instance"])
+def test_noise_without_a_matrix_says_so(noise):
+    with pytest.raises(InputError, match=rf"'{noise.partition(':')[0]}' .* no transition matrix"):
+        transition_matrix(noise, None, 3)
 
 
 def test_is_wrong_needs_the_true_labels():
@@ -328,65 +380,7 @@ def test_saved_labels_come_back_and_can_be_made_again(tmp_path, noise, rate, k, 
     assert torch.equal(again.given, labels.given)
 
 
-def test_unknown_true_labels_stay_unknown(tmp_path):
-    NoisyLabels(torch.tensor([0, 1]), None, 2, "human").save(tmp_path / "labels.npz")
-    assert NoisyLabels.load(tmp_path / "labels.npz").true is None
-
-
 def test_repr_shows_how_the_labels_were_made():
     text = repr(corrupt([0, 1], "pair", 0.6, 2, seed=4, allow_majority=True))
     for part in ("'pair'", "0.6", "seed=4", "allow_majority", "num_classes=2"):
         assert part in text
-
-
-def _rewrite(path, **changes) -> None:
-    with np.load(path) as file:
-        arrays = dict(file)
-    np.savez(path, **{key: value for key, value in (arrays | changes).items() if value is not None})
-
-
-def _provenance(path, **changes) -> np.ndarray:
-    with np.load(path) as file:
-        return np.array(json.dumps(json.loads(str(file["provenance"])) | changes))
-
-
-def test_altered_labels_are_refused(tmp_path):
-    path = tmp_path / "labels.npz"
-    labels = corrupt(LABELS[:50], "symmetric", 0.4, 10)
-    for changes in (
-        lambda: {"given": labels.true.numpy()},
-        lambda: {"given": labels.given.numpy().astype(float)},
-        lambda: {"true": None},
-        lambda: {"provenance": _provenance(path, rate=0.2)},
-    ):
-        labels.save(path)
-        _rewrite(path, **changes())
-        with pytest.raises(InputError, match=r"labels\.npz was altered"):
-            NoisyLabels.load(path)
-    for changes in ({"provenance": np.array("{")}, {"provenance": np.array("{}")}, {"provenance": np.array("[]")}):
-        labels.save(path)
-        _rewrite(path, **changes)
-        with pytest.raises(InputError, match=r"labels\.npz has a damaged provenance"):
-            NoisyLabels.load(path)
-    _rewrite(path, provenance=None)
-    with pytest.raises(InputError, match=r"labels\.npz holds .* not labels that NoisyLabels\.save wrote"):
-        NoisyLabels.load(path)
-
-
-def test_damage_anywhere_is_found(tmp_path):
-    path = tmp_path / "labels.npz"
-    labels = corrupt([0, 1, 2, 0], "symmetric", 0.4, 3)
-    labels.save(path)
-    content, messages = path.read_bytes(), []
-    for at in range(0, len(content), 3):
-        for harmed in (content[:at], content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]):
-            path.write_bytes(harmed)
-            try:
-                back = NoisyLabels.load(path)
-            except InputError as error:
-                messages.append(str(error))
-            else:  # a harmless byte, such as a date
-                assert torch.equal(back.given, labels.given)
-                assert repr(back) == repr(labels)
-    assert len(messages) > len(content) / 3
-    assert all(str(path) in message for message in messages)

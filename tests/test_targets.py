@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from rb_noisy.errors import InputError
 from rb_noisy.objectives import PGDAT, TRADES, StandardTraining, make_objective
-from rb_noisy.targets import Hard, LabelSmoothing, SampleRecord, SelfGuided, make_targets, refine
+from rb_noisy.record import SampleRecord
+from rb_noisy.targets import Batch, Hard, LabelSmoothing, SelfGuided, make_targets
 
 K = 5
 
@@ -18,15 +19,25 @@ def batch(seed=0, n=6):
     return torch.randn(n, K, dtype=torch.float64), torch.randn(n, K, dtype=torch.float64), torch.randint(0, K, (n,))
 
 
+def assign(targets, record, index, y, natural=None, adversarial=None, epoch=0, **more):
+    """What `targets` assigns to the samples `index` with these logits."""
+    given = Batch(index=index, x=None, y=y, hard=F.one_hot(y, K).float(), epoch=epoch, share=0.0, **more)
+    given.natural, given.adversarial = natural, adversarial
+    return targets(given, record)
+
+
+def refine(targets, record, index, y, natural, adversarial, epoch):
+    return assign(targets, record, index, y, natural, adversarial, epoch).target
+
+
 def literal_softmax(z, temperature):
     e = [math.exp(v / temperature) for v in z]
     return [v / sum(e) for v in e]
 
 
 def test_label_smoothing_is_equation_5():
-    target = LabelSmoothing(r=0.2)(F.one_hot(torch.tensor([2]), K).double(), None, 0)
-    expected = [0.04, 0.04, 0.84, 0.04, 0.04]
-    torch.testing.assert_close(target[0], torch.tensor(expected, dtype=torch.float64))
+    target = assign(LabelSmoothing(r=0.2), None, None, torch.tensor([2])).target
+    torch.testing.assert_close(target[0], torch.tensor([0.04, 0.04, 0.84, 0.04, 0.04]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -103,7 +114,7 @@ def test_before_the_start_epoch_the_label_is_hard_and_the_average_waits():
     natural, adversarial, y = batch()
     record = SampleRecord(y, K)
     before = record.average.clone()
-    targets = make_targets("sglr-released")
+    targets = make_targets("sglr-released", start_epoch=9)
     assert (targets.r, targets.temperature, targets.momentum, targets.adversarial_weight) == (1.0, 1.0, 0.9, 0.8)
     index = torch.arange(len(y))
     early = refine(targets, record, index, y, natural, adversarial, epoch=targets.start_epoch - 1)
@@ -132,7 +143,7 @@ def test_record_is_restored_and_refuses_other_data():
 
 def test_objectives_match_their_formulas():
     natural, adversarial, y = batch()
-    target = LabelSmoothing(0.1)(F.one_hot(y, K).double(), None, 0)
+    target = assign(LabelSmoothing(0.1), None, None, y).target.double()
     cross_entropy = -(target * natural.log_softmax(1)).sum(1).mean()
     adversarial_entropy = -(target * adversarial.log_softmax(1)).sum(1).mean()
     p, q = natural.softmax(1), adversarial.softmax(1)

@@ -12,9 +12,11 @@ from torch import nn
 
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
-from rb_noisy.recipes import METHODS, Recipe
+from rb_noisy.objectives import OBJECTIVES
+from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
 from rb_noisy.training import TrainingDiverged, _Trainer, noisy_labels, train
+from rb_noisy.weights import AWP
 
 MEASURED = ("natural_acc", "pgd_acc", "loss", "kappa")
 
@@ -27,12 +29,22 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+METHODS = [
+    *OBJECTIVES,
+    *(f"pgd-at+{part}" for parts in PARTS.values() for part in parts if part not in ("hard", "adr", "kd", "ce")),
+    *("st+sglr", "st+sat+wa", "trades+ls", "trades+sglr", "trades+te", "trades+sat", "trades+sglr+awp+swa"),
+    *("pgd-at+sglr+awp", "pgd-at+annotator+sce", "mart+sglr+wa", "nrat+elr", "n-fgsm+sglr+wa", "pgd-at+adr+wa+awp"),
+]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_objective_trains_with_every_target(method, tiny_recipe, tmp_path):
+def test_methods_train_and_compose(method, tiny_recipe, tmp_path):
     # A schedule that starts at epoch 90 of 200 must start within a short run too.
     run = train(tiny_recipe(method=method, epochs=3), tmp_path / "run")
-    assert run.metrics[-1]["train_loss"] < run.metrics[0]["train_loss"]
+    losses = [line["train_correct_loss"] for line in run.metrics]
+    assert min(losses[1:]) < losses[0], "the loss itself may hold a penalty that grows"
     assert run.finished
+    assert all(v.isfinite().all() for v in weights(run).values() if v.is_floating_point())
 
 
 def test_a_run_folder_holds_recipe_metrics_and_weights(tiny_recipe, tmp_path):
@@ -207,7 +219,7 @@ def test_every_setting_of_the_recipe_reaches_the_training_step(tiny_recipe, tmp_
     )
     trainer = _Trainer(recipe, tmp_path / "run", False, None)
     rates = []
-    trainer._measure = lambda epoch: {"selection_pgd_acc": 0.0}
+    trainer.tracker.measure = lambda *_: {"selection_pgd_acc": 0.0}
     trainer.run(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]), None)
     batches = len(seen) // 4
     assert [s["eps"] for s in seen[::batches]] == pytest.approx([0, 0.5, 1, 1])
@@ -236,6 +248,9 @@ def test_which_passes_move_the_batchnorm_statistics(tiny_recipe, tmp_path):
     assert passes("c", method="trades") == 2
     assert passes("d", method="pgd-at", attack_mode="train") == 1 + 3
     assert passes("e", method="st") == 1
+    assert passes("g", method="pgd-at+awp") == 1, "the pass at the perturbed weights"
+    assert passes("h", method="trades+sglr+awp", awp_options={"warmup": 0}) == 2
+    assert passes("i", method="pgd-at+te", target_options={"start_epoch": 0}) == 1, "the guiding pass is in eval mode"
     assert passes("f", method="pgd-at+sglr-released", epochs=200) == 1, "no clean pass before the start epoch"
 
 
@@ -253,12 +268,115 @@ def test_the_record_takes_kappa_and_loss_from_training_for_nothing(tiny_recipe, 
 
 def test_best_is_chosen_on_held_out_training_images_when_asked(tiny_recipe, tmp_path):
     trainer = _Trainer(tiny_recipe(validation=30), tmp_path / "run", False, None)
-    assert not set(trainer.held_out.tolist()) & set(trainer.train_index.tolist())
-    assert len(trainer.train_index) == 130
+    tracker = trainer.tracker
+    assert not set(tracker.held_out.tolist()) & set(tracker.train_index.tolist())
+    assert len(tracker.train_index) == 130
     run = trainer.run(None, None)
     scores = [line["validation_pgd_acc"] for line in run.metrics]
     assert [line["selection_pgd_acc"] for line in run.metrics] == scores
     assert run.best_epoch == scores.index(max(scores))
+
+
+def test_history_keeps_what_every_epoch_showed_of_every_sample(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=3, validation=30), tmp_path / "run")
+    history = run.history()
+    assert history.kappa.shape == history.loss.shape == history.prediction.shape == (3, 160)
+    unseen = history.kappa[0] == -1
+    assert unseen.sum() == 30
+    for part, missing in ((history.kappa, -1), (history.prediction, -1)):
+        assert (part[:, unseen] == missing).all()
+        assert (part[:, ~unseen] >= 0).all()
+    assert history.loss[:, unseen].isnan().all()
+    assert history.loss[:, ~unseen].isfinite().all()
+    assert not torch.equal(history.kappa[0], history.kappa[2])
+    standard = train(tiny_recipe(epochs=1, method="st"), tmp_path / "st").history()
+    assert (standard.kappa == -1).all(), "standard training attacks nothing"
+    assert standard.loss.isfinite().all()
+
+
+def test_train_size_trains_on_the_first_images_only(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=1, train_size=100), tmp_path / "run")
+    assert run.history().kappa.shape == (1, 100)
+    with pytest.raises(InputError, match="train_size is 161 but"):
+        train(tiny_recipe(train_size=161), tmp_path / "more")
+
+
+def test_averaged_weights_are_what_is_measured_and_saved(tiny_recipe, tmp_path):
+    plain = train(tiny_recipe(epochs=4), tmp_path / "plain")
+    swa = train(tiny_recipe(epochs=4, method="pgd-at+swa"), tmp_path / "swa")
+    # The trained weights are the same; what is saved is the mean of the last epochs' weights.
+    state, again = (load_file(run.path / "state.safetensors") for run in (plain, swa))
+    assert all(torch.equal(again[name], value) for name, value in state.items() if name.startswith("model."))
+    two = train(tiny_recipe(epochs=4, milestones=(2, 3)), tmp_path / "two", on_epoch=lambda line: None)
+    assert same(weights(two), weights(plain)), "the default milestones"
+    assert not same(weights(swa), weights(plain))
+    model, data = swa.load(), load_data(swa.recipe.data)
+    measured = (model(data.x_test).argmax(1) == data.y_test)[trained_on(swa)].float().mean()
+    assert swa.metrics[-1]["test_natural_acc"] == pytest.approx(measured.item())
+
+
+def trained_on(run):
+    """The test images that a run tracks."""
+    trainer = _Trainer(run.recipe, run.path, True, None)
+    images, data = trainer.tracker.sets["test"][0], load_data(run.recipe.data).x_test
+    return [next(i for i in range(len(data)) if torch.equal(data[i], image)) for image in images]
+
+
+@pytest.mark.parametrize("method", ["pgd-at+wa+awp", "trades+te+swa", "pgd-at+kgr", "pgd-at+annotator"])
+def test_every_part_resumes_to_the_same_weights(method, tiny_recipe, tmp_path):
+    recipe = tiny_recipe(method=method, epochs=4)
+    whole = train(recipe, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line["epoch"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "parts", on_epoch=stop)
+    parts = train(recipe, tmp_path / "parts", resume=True)
+    assert same(weights(whole), weights(parts))
+    assert same(weights(whole, "best"), weights(parts, "best"))
+
+
+def test_teachers_are_run_folders_or_models_of_the_zoo_for_the_same_data(tiny_recipe, tmp_path):
+    teacher = train(tiny_recipe(epochs=2), tmp_path / "teacher")
+    taught = tiny_recipe(method="pgd-at+kd+swa", target_options={"robust": str(teacher.path)}, epochs=2)
+    assert train(taught, tmp_path / "student").finished
+    for name, words in (("nobody", "neither a run folder"), ("at_digits", "1 channels to 10 classes, not 1 to 4")):
+        with pytest.raises(InputError, match=words):
+            train(tiny_recipe(method="pgd-at+kd", target_options={"robust": name}), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "sglr"}, "objective"),
+        ({"method": "pgd-at+sglrr"}, "did you mean sglr"),
+        ({"method": "pgd-at+sglr+ls"}, "two parts of one kind, sglr and ls"),
+        ({"method": "pgd-at+wa+swa"}, "two parts of one kind"),
+        ({"method": "pgd-at+adr"}, "write pgd-at+adr+wa"),
+        ({"method": "pgd-at", "awp_options": {"gamma": 0.1}}, "has no awp"),
+        ({"method": "pgd-at", "averaging_options": {"decay": 0.9}}, "neither wa nor swa"),
+        ({"method": "n-fgsm", "norm": "L2"}, "Linf only"),
+        ({"method": "pgd-at+awp", "awp_options": {"gamma": -1}}, "gamma is -1"),
+        ({"method": "pgd-at+kd"}, "kd has no teacher"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(fields, words, tiny_recipe):
+    with pytest.raises(InputError) as error:
+        tiny_recipe(**fields)
+    assert words in str(error.value)
+
+
+def test_fast_training_fixes_its_steps_and_trades_awp_its_gamma(tiny_recipe):
+    fast = tiny_recipe(method="fgsm-rs", steps=None, alpha=None)
+    assert (fast.steps, fast.alpha, fast.track_alpha) == (1, pytest.approx(0.125), pytest.approx(0.025))
+    assert tiny_recipe(method="trades+awp").make_awp() == AWP(gamma=0.005, warmup=10)
+    assert tiny_recipe(method="pgd-at+awp").make_awp() == AWP(gamma=0.01, warmup=0)
+    assert Recipe.from_dict(fast.to_dict()) == fast
 
 
 def test_without_noise_there_are_no_incorrect_samples_to_measure(tiny_recipe, tmp_path):

@@ -1,0 +1,85 @@
+"""`rb-noisy annotate`: labels for a user's unlabelled images, with κ and confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rb_noisy.console import ZooOption, console, progress_bar, user_errors
+from rb_noisy.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# (C, H, W). Networks with global pooling take images of any size, and label those of a wrong one by chance.
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+
+
+def annotate(
+    model: Annotated[str, typer.Option("--model", help="A zoo model or a run folder.")],
+    images: Annotated[
+        str, typer.Option("--images", help="A folder of images, npz:FILE (x or x_test), imagefolder:DIR.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The CSV file to write.")],
+    eps: Annotated[
+        float | None, typer.Option("--eps", help="Radius for κ in [0, 1] units. Default: the model's own.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="PGD steps for κ, which is their largest value.")] = 10,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run folder: final or best.")] = "final",
+    zoo: ZooOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 256,
+) -> None:
+    """Label your own unlabelled images, which may be under attack: label, κ and confidence of each, as CSV."""
+    import torch
+
+    from model_zoo.registry import load_model, read_card
+    from rb_noisy.annotation import annotate as label_images
+    from rb_noisy.annotation import load_images
+    from rb_noisy.runs import Run
+
+    with user_errors():
+        if (Path(model) / "run.json").is_file():
+            run = Run.open(model)
+            network, recipe, class_names = run.load(checkpoint), run.recipe.to_dict(), run.class_names
+        else:
+            card = read_card(model, zoo)
+            network, recipe, class_names = load_model(model, zoo), card["recipe"], card["class_names"]
+        x, files = load_images(images)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        _check_fit(network, x, model, recipe["data"])
+        radius = recipe["eps"] if eps is None else eps
+        with progress_bar() as bar:
+            task = bar.add_task("images", total=len(x))
+            found = label_images(
+                network,
+                x,
+                eps=radius,
+                steps=steps,
+                norm=recipe["norm"],
+                batch_size=batch_size,
+                progress=lambda done: bar.advance(task, done),
+            )
+        found.to_csv(out, class_names, files)
+        kept = int((found.kappa == steps).sum())
+        console.print(
+            f"{out}: {len(x)} images, {kept} of them with κ = {steps} (PGD-{steps} within ε = {radius:g} left the "
+            "label); a small κ means do not trust the label; the confidence is max-softmax, not calibrated",
+            soft_wrap=True,
+        )
+
+
+def _check_fit(network: nn.Module, x: Tensor, model: str, data: str) -> None:
+    import torch
+
+    expected, given = SHAPES.get(data), tuple(x.shape[1:])
+    if expected is not None and given != expected:
+        raise InputError(
+            f"the images have (C, H, W) {given} but {model} was trained on {data}, {expected}; convert them"
+        )
+    try:
+        with torch.no_grad():
+            network(x[:2].to(next(network.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"{model} cannot take images of (C, H, W) {given}: {error}") from error

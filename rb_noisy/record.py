@@ -1,0 +1,79 @@
+"""What training learns about every training sample, kept by its index in the training set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rb_noisy.errors import InputError
+
+MEMORY = 0.7  # of the running averages: about the last three epochs
+# An other label that has this running share of the predictions is taken for the prediction.
+PERSISTENT = 0.75
+
+
+class SampleRecord:
+    """Per-sample state on the device, row i for training sample i; saved and restored with the run.
+
+    Attributes:
+        average: (N, K) float32, the running average p̄ of the targets that keep one ([SGLR] eq. 8).
+        kappa: (N,) int64, κ against the given label from the last training attack, −1 before the first (small =
+            suspicious).
+        loss: (N,) float32, cross entropy with the given label in the last training pass (on x̃ where the method
+            attacks, else on x), NaN before the first (large = suspicious).
+        prediction: (N,) int64, the predicted label in that pass, −1 before the first.
+        kappa_average, loss_average: (N,) float32, running averages of both over the epochs, NaN before the first.
+        votes: (N, K) float32, running average of the one-hot predictions, zero before the first.
+        noise_rate: () float32, the share of wrong labels that a target estimated, NaN before.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int, start_average: str = "onehot"):
+        self.labels = labels
+        self.average = F.one_hot(labels, num_classes).float() * (start_average == "onehot")
+        self.kappa = torch.full_like(labels, -1)
+        self.prediction = torch.full_like(labels, -1)
+        self.loss = torch.full_like(labels, torch.nan, dtype=torch.float32)
+        self.kappa_average, self.loss_average = self.loss.clone(), self.loss.clone()
+        self.votes = torch.zeros_like(self.average)
+        self.noise_rate = torch.tensor(torch.nan, device=labels.device)
+
+    def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
+        """Enter what a training pass showed of the samples in `index`, each (B,)."""
+        self.loss[index], self.prediction[index] = loss, prediction
+        new = self.loss_average[index].isnan()
+        self.loss_average[index] = _moved(self.loss_average[index], loss, new)
+        vote = F.one_hot(prediction, self.votes.shape[1]).float()
+        self.votes[index] = _moved(self.votes[index], vote, new[:, None])
+        if kappa is not None:
+            self.kappa[index] = kappa
+            self.kappa_average[index] = _moved(self.kappa_average[index], kappa.float(), new)
+
+    def update_average(self, index: Tensor, mix: Tensor, momentum: float) -> None:
+        """p̄ ← α·p̄ + (1−α)·mix for the rows in `index` [SGLR eq. 8]."""
+        self.average[index] = momentum * self.average[index] + (1 - momentum) * mix.to(self.average)
+
+    def estimate_noise_rate(self) -> float:
+        """The share (0..1) of samples that lately had κ near 0 and one and the same other label predicted.
+
+        It needs a network that has learnt the task: what it still gets wrong counts as noise, what it has memorised
+        does not. `rb_noisy.label_issues.estimate_noise_rate` does the same with the whole history.
+        """
+        seen = self.prediction >= 0
+        vote, voted = self.votes[seen].max(1)
+        broken = ~(self.kappa_average[seen] >= 0.5)  # NaN without an attack: the predictions alone decide
+        return float(((voted != self.labels[seen]) & (vote >= PERSISTENT) & broken).float().mean())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, own in self.state_dict().items():
+            if name not in state or state[name].shape != own.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise InputError(f"the per-sample record {name!r} has {found}, not {tuple(own.shape)}: other data?")
+            own.copy_(state[name])
+
+
+def _moved(average: Tensor, value: Tensor, new: Tensor) -> Tensor:
+    return torch.where(new, value, MEMORY * average + (1 - MEMORY) * value)

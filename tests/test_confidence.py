@@ -1,0 +1,264 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rb_noisy.attacks import kappa
+from rb_noisy.confidence import FEATURES, Calibrated, calibrate, fit_calibrator
+from rb_noisy.errors import InputError
+from rb_noisy.measures import auroc, expected_calibration_error
+
+STEPS = 10
+ONE_FEATURE = [("isotonic", "kappa"), ("isotonic", "max_softmax"), ("isotonic", "entropy"), ("isotonic", "margin")]
+ONE_FEATURE += [("beta", "kappa"), ("beta", "max_softmax")]
+EVERY_METHOD = [("logistic", FEATURES), *((method, (name,)) for method, name in ONE_FEATURE)]
+EPS = 0.1
+
+
+def samples(n, seed=0):
+    """Two-class logits and κ, either of which decides about half of whether the prediction is right."""
+    random = np.random.default_rng(seed)
+    margin = random.exponential(2.0, n)
+    kappa = random.integers(0, STEPS + 1, n)
+    truth = 1 / (1 + np.exp(-(0.6 * margin + 0.4 * kappa - 3)))
+    logits = torch.tensor(np.stack((margin, np.zeros(n)), axis=1))
+    outcome = torch.tensor(random.random(n) < truth)
+    return logits, torch.tensor(kappa), outcome, torch.tensor(truth)
+
+
+class Ramp(nn.Module):
+    """Two classes by the mean brightness b: logits ±slope·(b − ½)."""
+
+    def __init__(self, slope=8.0):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, x):
+        z = self.slope * (x.mean((1, 2, 3)) - 0.5)
+        return torch.stack((-z, z), dim=1)
+
+
+@pytest.fixture
+def images():
+    """Grey images whose label is 1 with the probability that a sigmoid of the brightness says."""
+    random = np.random.default_rng(1)
+    brightness = random.uniform(0.05, 0.95, 400)
+    y = torch.tensor(random.random(400) < 1 / (1 + np.exp(-10 * (brightness - 0.5)))).long()
+    return torch.tensor(brightness, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous(), y
+
+
+def test_a_logistic_calibrator_recovers_the_probability_that_made_the_outcomes():
+    logits, kappa, outcome, truth = samples(20000)
+    fitted = fit_calibrator(logits, kappa, outcome, features=("kappa", "margin"), method="logistic", kappa_steps=STEPS)
+    assert (fitted(logits, kappa) - truth).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("method", "features"), EVERY_METHOD)
+def test_200_samples_give_something_sane(method, features):
+    errors = []
+    for seed in range(5):
+        logits, kappa, outcome, _ = samples(200, seed)
+        fitted = fit_calibrator(logits, kappa, outcome, features=features, method=method, kappa_steps=STEPS)
+        logits, kappa, outcome, _ = samples(5000, 99)
+        confidence = fitted(logits, kappa)
+        errors.append(expected_calibration_error(confidence, outcome))
+        assert (confidence - outcome.double()).square().mean() < 0.23, "better than saying a half"
+    assert np.mean(errors) < 0.08
+
+
+@pytest.mark.parametrize(("method", "feature"), ONE_FEATURE)
+def test_one_feature_recovers_the_rate_of_right_predictions_at_each_of_its_values(method, feature):
+    logits, kappa, outcome, _ = samples(20000)
+    fitted = fit_calibrator(logits, kappa, outcome, features=(feature,), method=method, kappa_steps=STEPS)
+    fresh_logits, fresh_kappa, fresh_outcome, _ = samples(20000, seed=1)
+    confidence = fitted(fresh_logits, fresh_kappa)
+    # Beta has three parameters, which do not hold every shape.
+    assert expected_calibration_error(confidence, fresh_outcome) < 0.04
+    score = fresh_kappa if feature == "kappa" else fresh_logits[:, 0]
+    assert auroc(confidence, fresh_outcome) == pytest.approx(auroc(score, fresh_outcome), abs=0.005)
+
+
+def test_beta_calibration_is_the_identity_where_softmax_is_calibrated_already():
+    random = np.random.default_rng(2)
+    s = random.uniform(0.5, 1, 30000)
+    logits = torch.tensor(np.stack((np.log(s / (1 - s)), np.zeros(len(s))), axis=1))
+    outcome = torch.tensor(random.random(len(s)) < s)
+    none = torch.zeros(len(s))
+    fitted = fit_calibrator(logits, none, outcome, features=("max_softmax",), method="beta", kappa_steps=STEPS)
+    assert (fitted(logits, none) - torch.tensor(s)).abs().max() < 0.03
+
+
+@given(st.integers(2, 200), st.integers(0, 1000), st.sampled_from(EVERY_METHOD))
+def test_few_samples_give_probabilities_and_isotonic_ones_no_certainty(n, seed, chosen):
+    method, features = chosen
+    logits, kappa, outcome, _ = samples(n, seed)
+    outcome[0], outcome[1] = True, False
+    fitted = fit_calibrator(logits, kappa, outcome, features=features, method=method, kappa_steps=STEPS)
+    confidence = fitted(*samples(300, seed + 1)[:2])
+    assert ((confidence >= 0) & (confidence <= 1)).all()
+    if method == "isotonic":
+        least = 1 / (n + 2)
+        assert confidence.min() >= least
+        assert confidence.max() <= 1 - least
+
+
+@given(st.integers(0, 1000), st.sampled_from(ONE_FEATURE))
+def test_isotonic_and_beta_confidence_never_falls_as_the_score_rises(seed, chosen):
+    method, feature = chosen
+    logits, kappa, outcome, _ = samples(60, seed)
+    # The worse the score, the oftener right: the opposite of what the methods may say.
+    outcome = logits[:, 0] < logits[:, 0].median() if feature != "kappa" else kappa < 5
+    outcome[0] = ~outcome[1]
+    fitted = fit_calibrator(logits, kappa, outcome, features=(feature,), method=method, kappa_steps=STEPS)
+    order = (kappa if feature == "kappa" else logits[:, 0]).argsort(stable=True)
+    assert (fitted(logits, kappa)[order].diff() >= -1e-12).all()
+
+
+def test_confidence_does_not_depend_on_what_else_is_in_the_batch(images):
+    x, y = images
+    fitted = calibrate(Ramp().eval(), x, y, eps=EPS, kappa_steps=STEPS)
+    whole = fitted.predict(x).confidence
+    assert torch.equal(whole[7:8], fitted.predict(x[7:8]).confidence)
+
+
+def test_prediction_gives_label_confidence_and_kappa_of_the_predicted_label(images):
+    x, y = images
+    model = Ramp().eval()
+    found = calibrate(model, x[:200], y[:200], eps=EPS, kappa_steps=STEPS).predict(x[200:])
+    assert torch.equal(found.label, model(x[200:]).argmax(1))
+    expected = kappa(model, x[200:], eps=EPS, alpha=2.5 * EPS / STEPS, steps=STEPS, random_start=False)
+    assert torch.equal(found.kappa, expected)
+    assert found.kappa.min() < STEPS == found.kappa.max()
+    right = found.label == y[200:]
+    assert expected_calibration_error(found.confidence, right, 5) < 0.12
+    assert auroc(found.confidence, right) > 0.7
+
+
+def test_robust_means_right_and_no_perturbation_within_eps_changes_it(images):
+    x, y = images
+    model = Ramp().eval()
+    stands = (model(x).argmax(1) == y) & ((x.mean((1, 2, 3)) - 0.5).abs() > EPS)
+    own = calibrate(model, x, y, eps=EPS, target="robust", method="isotonic", features="kappa")
+    assert (own.positive, own.n) == (int(stands.sum()), 400)
+    assert own.target_source.startswith("PGD-20")
+    given = calibrate(model, x, y, eps=EPS, target="robust", method="isotonic", features="kappa", verdicts=stands)
+    assert given.target_source == "given verdicts"
+    assert torch.equal(own.predict(x).confidence, given.predict(x).confidence)
+    turned = own.predict(x).kappa < 10
+    assert own.predict(x).confidence[turned].max() < 0.01, "what κ's attack turns is not robust"
+
+
+def test_verdicts_of_wrong_predictions_do_not_count_as_robust(images):
+    x, y = images
+    fitted = calibrate(Ramp().eval(), x, y, eps=EPS, target="robust", verdicts=torch.ones(400, dtype=torch.bool))
+    assert fitted.positive == int((Ramp()(x).argmax(1) == y).sum())
+
+
+@pytest.mark.parametrize(("method", "features"), EVERY_METHOD)
+def test_saved_and_loaded_it_predicts_the_same_bits(images, tmp_path, method, features):
+    x, y = images
+    model = Ramp().eval()
+    fitted = calibrate(model, x[:200], y[:200], eps=0.1 + 0.2, method=method, features=features, batch_size=64)
+    fitted.save(tmp_path / "c.json")
+    loaded = Calibrated.load(tmp_path / "c.json", model)
+    assert torch.equal(loaded.predict(x).confidence, fitted.predict(x).confidence)
+    assert {**vars(loaded), "model": None} == {**vars(fitted), "model": None}
+
+
+def test_a_calibration_of_other_weights_is_refused(images, tmp_path):
+    calibrate(Ramp().eval(), *images, eps=EPS).save(tmp_path / "c.json")
+    with pytest.raises(InputError, match="other weights"):
+        Calibrated.load(tmp_path / "c.json", Ramp(slope=9.0).eval())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": "something else"},
+        {"method": "forest"},
+        {"method": "logistic"},
+        {"features": ["colour"]},
+        {"features": []},
+        {"parameters": {"score": [1, 2], "probability": [0.5]}},
+        {"parameters": {"score": [2, 1], "probability": [0.5, 0.6]}},
+        {"parameters": {"score": [1, 2], "probability": [0.6, 0.5]}},
+        {"parameters": {"score": [1, 2], "probability": [0.5, 1.5]}},
+        {"parameters": {"score": [1, 2], "probability": [0.5, math.nan]}},
+        {"parameters": {"score": [1, 2], "probability": [0.5, "0.6"]}},
+        {"parameters": [1, 2]},
+        {"kappa_steps": 2.5},
+        {"eps": -1},
+        {"norm": "L7"},
+        {"target": "best"},
+        {"n": None},
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_sentence(images, tmp_path, damage):
+    file = tmp_path / "c.json"
+    model = Ramp().eval()
+    calibrate(model, *images, eps=EPS, method="isotonic", features="kappa").save(file)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | damage))
+    with pytest.raises(InputError, match=r"c\.json holds no calibration"):
+        Calibrated.load(file, model)
+    del content["alpha"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="'alpha' is missing"):
+        Calibrated.load(file, model)
+
+
+def test_files_that_are_no_json_or_absent_are_refused(tmp_path):
+    (tmp_path / "c.json").write_bytes(b"\x80\x04no")
+    with pytest.raises(InputError, match="holds no calibration"):
+        Calibrated.load(tmp_path / "c.json", Ramp().eval())
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no calibration"):
+        Calibrated.load(tmp_path / "c.json", Ramp().eval())
+    with pytest.raises(InputError, match="cannot be read"):
+        Calibrated.load(tmp_path / "none.json", Ramp().eval())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "rihgt"}, "right"),
+        ({"method": "isotonc"}, "isotonic"),
+        ({"features": ("kapa",)}, "kappa"),
+        ({"features": ()}, "at least one"),
+        ({"features": ("kappa", "kappa")}, "each once"),
+        ({"method": "isotonic"}, "takes one feature"),
+        ({"method": "beta", "features": "margin"}, "within 0..1"),
+        ({"eps": 0.0}, "eps is 0"),
+        ({"eps": math.inf}, "eps is inf"),
+        ({"norm": "L1"}, "norm"),
+        ({"kappa_steps": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"verdicts": torch.ones(400, dtype=torch.bool)}, "target='robust'"),
+        ({"target": "robust", "verdicts": torch.ones(3, dtype=torch.bool)}, r"shape \(400,\)"),
+        ({"target": "robust", "verdicts": torch.ones(400)}, "bool"),
+    ],
+)
+def test_bad_settings_are_named(images, options, message):
+    with pytest.raises(InputError, match=message):
+        calibrate(Ramp().eval(), *images, **{"eps": EPS, **options})
+
+
+def test_bad_labels_a_missing_outcome_and_training_mode_are_named(images):
+    x, y = images
+    model = Ramp().eval()
+    with pytest.raises(InputError, match="labels for 400 images"):
+        calibrate(model, x, y[:3], eps=EPS)
+    with pytest.raises(InputError, match="all of the 400 calibration images"):
+        calibrate(model, x, model(x).argmax(1), eps=EPS)
+    with pytest.raises(InputError, match="none of the 400 calibration images"):
+        calibrate(model, x, 1 - model(x).argmax(1), eps=EPS)
+    with pytest.raises(InputError, match=r"model\.eval"):
+        calibrate(Ramp(), x, y, eps=EPS)
+    fitted = calibrate(model, x, y, eps=EPS)
+    with pytest.raises(InputError, match=r"0\.\.10"):
+        fitted.calibrator(torch.zeros(1, 2), torch.tensor([11]))

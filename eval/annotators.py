@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eval import common
-from eval.leaderboard import FORMATS, MISSING, _latex, _latex_line, _markdown_line
+from eval.leaderboard import FORMATS, MISSING, latex, latex_line, markdown_line
 from model_zoo.registry import eps_label
 from rb_noisy.annotation import Answers, accuracy_by_share, annotate, kept_accuracy
 from rb_noisy.attacks import pgd
@@ -155,8 +155,8 @@ def to_markdown(tables: list[Grid], note: str) -> str:
     """One heading and one table per grid."""
     lines = [note, ""]
     for grid in tables:
-        lines += [f"### {grid.title}", "", _markdown_line(grid.header), _markdown_line(["---:"] * len(grid.header))]
-        lines += [*map(_markdown_line, grid.lines), ""]
+        lines += [f"### {grid.title}", "", markdown_line(grid.header), markdown_line(["---:"] * len(grid.header))]
+        lines += [*map(markdown_line, grid.lines), ""]
     return "\n".join(lines)
 
 
@@ -165,8 +165,8 @@ def to_latex(tables: list[Grid], note: str) -> str:
     width = len(tables[0].header)
     lines = [f"% {note}", rf"\begin{{tabular}}{{{'r' * width}}}"]
     for grid in tables:
-        title = rf"\multicolumn{{{width}}}{{l}}{{\textit{{{_latex(grid.title)}}}}} \\"
-        lines += [r"\toprule", title, r"\midrule", _latex_line(grid.header), r"\midrule", *map(_latex_line, grid.lines)]
+        title = rf"\multicolumn{{{width}}}{{l}}{{\textit{{{latex(grid.title)}}}}} \\"
+        lines += [r"\toprule", title, r"\midrule", latex_line(grid.header), r"\midrule", *map(latex_line, grid.lines)]
     text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
     for sign, command in (("κ", r"$\kappa$"), ("≥", r"$\geq$")):
         text = text.replace(sign, command)

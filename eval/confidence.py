@@ -71,7 +71,6 @@ def measure(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -
     For every kind of input its logits and κ, `KIND.logits` (N, K) and `KIND.kappa@STEPS×FACTOR` (N,); and `stands`
     (N,) bool: right, and not turned by any iterate of PGD-20 and of the targeted margin attack.
     """
-    settings = {"seed": seed, "eps": subject.eps, "kappas": KAPPAS}
     file = subject.folder(out) / "confidence.npz"
     key = torch.tensor([1, seed, subject.eps, batch_size], dtype=torch.float64)
     if file.is_file():
@@ -112,7 +111,7 @@ def measure(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -
         right = found["natural.logits"].argmax(1) == y
         return found | {"stands": right & ~full.broken & ~margin.broken}
 
-    arrays = common.in_batches(subject, "confidence", settings, batch_size, out, compute)
+    arrays = common.in_batches(subject, "confidence", {"seed": seed, "kappas": KAPPAS}, batch_size, out, compute)
     common.save_verdicts(out, "confidence", subject, key=key, **arrays)
     return arrays
 

@@ -14,12 +14,13 @@ import typer
 from rich.table import Table
 
 from eval.common import RootOption, console, show, user_errors
-from eval.leaderboard import FORMATS, _latex_line, _markdown_line
+from eval.leaderboard import FORMATS, latex_line, markdown_line
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import write_json
-from rb_noisy.label_issues import SCORES, OutOfFold, check_score, estimate_noise_rate, scores, training_set
+from rb_noisy.label_issues import SCORES, OutOfFold, check_score, estimate_noise_rate, scores
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run
+from rb_noisy.training import training_set
 
 MEASURES = {"auroc": "AUROC", "average_precision": "average precision", "precision": "precision at the true rate"}
 COLUMNS = ("data", "method", "noise", "judged by", "score", "runs", *MEASURES.values(), "estimated rate", "true rate")
@@ -93,7 +94,8 @@ def judge(path: Path, data_root: Path | None = None) -> Judged:
 def _setting(recipe: Recipe, by: str, epochs: int) -> tuple[str, str, str, str]:
     data = recipe.data if ":" not in recipe.data else Path(recipe.data).stem
     size = "" if recipe.train_size is None else f" ({recipe.train_size})"
-    noise = recipe.noise if recipe.noise_rate is None else f"{recipe.noise} {recipe.noise_rate:g}"
+    kind, _, file = recipe.noise.partition(":")  # human:FILE:SET
+    noise = f"{kind} {Path(file).name}".strip() if recipe.noise_rate is None else f"{kind} {recipe.noise_rate:g}"
     if key := recipe.noise_options.get("key"):
         noise += f" {key}"
     return f"{data}{size}", f"{recipe.method}, {epochs} epochs", noise, by
@@ -182,8 +184,8 @@ def render(table: dict[str, Any], format: str) -> str:
     """The table as Markdown or LaTeX."""
     lines: Iterable[list[str]] = map(_cells, table["rows"])
     if format == "markdown":
-        return "\n".join(map(_markdown_line, [COLUMNS, ["---"] * len(COLUMNS), *lines]))
-    body = [_latex_line(COLUMNS), r"\hline", *map(_latex_line, lines)]
+        return "\n".join(map(markdown_line, [COLUMNS, ["---"] * len(COLUMNS), *lines]))
+    body = [latex_line(COLUMNS), r"\hline", *map(latex_line, lines)]
     return "\n".join([rf"\begin{{tabular}}{{{'l' * len(COLUMNS)}}}", *body, r"\end{tabular}"])
 
 

@@ -7,7 +7,6 @@ A window (first, stop) is a range of epochs counted from 0, stop excluded; None 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from rb_noisy import measures
 from rb_noisy.attacks import kappa as measure_kappa
-from rb_noisy.data import Dataset, load_data, open_npz
+from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
-from rb_noisy.noise import NoisyLabels
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import History, Run
+from rb_noisy.training import train, training_set
 
 HISTORY_SCORES = ("joint", "kappa", "loss")
 SCORES = (*HISTORY_SCORES, "self-confidence", "cleanlab")
@@ -237,17 +236,6 @@ def check_score(score: str, *, out_of_fold: bool) -> None:
         _cleanlab()
 
 
-def training_set(recipe: Recipe, data_root: str | Path | None = None) -> tuple[Dataset, NoisyLabels]:
-    """The data set whose training images a recipe trains on, and the labels it trains with."""
-    from rb_noisy.training import noisy_labels
-
-    data = load_data(recipe.data, data_root)
-    if recipe.train_size is not None:
-        count = recipe.train_size
-        data = dataclasses.replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
-    return data, noisy_labels(recipe, data)
-
-
 def fold_of(given: Tensor, folds: int, seed: int = 0) -> Tensor:
     """(N,) int64: a random fold 0..folds−1 for every sample; fold sizes, also within a class, differ by 1 at most."""
     if not 2 <= folds <= len(given):
@@ -275,8 +263,6 @@ def out_of_fold(
     in both) and the run k, which the same call goes on with. The *final* weights judge: *best* ones were chosen by
     their accuracy on the very fold. `on_batch` and `on_epoch` are those of `rb_noisy.train`, after the fold's number.
     """
-    from rb_noisy.training import train
-
     path = Path(path).resolve()  # the runs remember where their data are
     data, labels = training_set(recipe, data_root)
     fold = fold_of(labels.given, folds, recipe.seed)

@@ -29,7 +29,7 @@ from rb_noisy.annotation import (
     load_images,
     most_confident_accuracy,
 )
-from rb_noisy.commands.annotate import annotate as annotate_command
+from rb_noisy.cli import app as rb_noisy
 from rb_noisy.confidence import calibrate
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
@@ -59,6 +59,10 @@ def call(main, *arguments):
     app = typer.Typer()
     app.command()(main)
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def call_annotate(*arguments):
+    return CliRunner().invoke(rb_noisy, ["annotate", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def read(file):
@@ -217,7 +221,7 @@ def test_images_come_from_folders_in_the_order_of_their_names(tmp_path):
 def test_the_command_labels_a_folder_as_the_library_does(digits, tmp_path):
     for i, image in enumerate(digits[:6]):
         Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()).save(tmp_path / f"{i}.png")
-    result = call(annotate_command, "--model", "at_digits", "--images", tmp_path, "--out", tmp_path / "labels.csv")
+    result = call_annotate("--model", "at_digits", "--images", tmp_path, "--out", tmp_path / "labels.csv")
     assert result.exit_code == 0, result.output
     assert "not calibrated" in result.output
     lines = read(tmp_path / "labels.csv")
@@ -233,7 +237,7 @@ def test_the_command_takes_a_run_folder_and_its_own_radius(tiny_recipe, tiny_dat
 
     run = train(tiny_recipe(epochs=1, eps=0.1), tmp_path / "run")
     arguments = ["--model", run.path, "--images", f"npz:{tiny_data}", "--out", tmp_path / "l.csv", "--steps", 4]
-    result = call(annotate_command, *arguments)
+    result = call_annotate(*arguments)
     assert result.exit_code == 0, result.output
     assert "ε = 0.1" in result.output
     lines = read(tmp_path / "l.csv")
@@ -265,7 +269,7 @@ def test_the_command_ends_in_one_clear_line(changes, words, tiny_recipe, tmp_pat
         arguments["--model"] = train(tiny_recipe(epochs=1, track=4), tmp_path / "run").path
         arguments["--images"] = "npz:FOLDER/rgb.npz"
     flat = [str(part).replace("FOLDER", str(tmp_path)) for pair in arguments.items() for part in pair]
-    result = call(annotate_command, *flat)
+    result = call_annotate(*flat)
     assert result.exit_code == 2, result.output
     assert words in result.output
     assert not (tmp_path / "l.csv").exists()
@@ -368,10 +372,11 @@ def figure(tmp_path_factory):
         "markdown",
     ]
     stdout = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
         patch.setattr(sys, "argv", ["annotators", *arguments, "--seeds", "3", "--out", str(out)])
         patch.delitem(sys.modules, "eval.annotators")
-        runpy.run_module("eval.annotators", run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("eval.annotators", run_name="__main__")
     assert not end.value.code
     return stdout.getvalue(), json.loads((out / "annotators.json").read_text(encoding="utf-8")), out
 

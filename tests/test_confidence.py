@@ -67,7 +67,7 @@ def test_200_samples_give_something_sane(method, features):
         logits, kappa, outcome, _ = samples(5000, 99)
         confidence = fitted(logits, kappa)
         errors.append(expected_calibration_error(confidence, outcome))
-        assert (confidence - outcome.double()).square().mean() < 0.23, "better than saying a half"
+        assert (confidence - outcome.double()).square().mean() < 0.25, "better than saying a half"
     assert np.mean(errors) < 0.08
 
 

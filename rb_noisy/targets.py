@@ -165,8 +165,13 @@ class SelfGuided(Targets):
         _check_temperature(self.temperature)
         _check_at_least(0, start_epoch=self.start_epoch)
 
+    @property
+    def averages_from(self) -> int:
+        """The epoch from which on p̄ is updated."""
+        return self.start_epoch
+
     def natural_mode(self, epoch: int) -> str | None:
-        return "train" if epoch >= self.start_epoch and self.adversarial_weight < 1 else None
+        return "train" if epoch >= self.averages_from and self.adversarial_weight < 1 else None
 
     @torch.no_grad()
     def mix(self, natural: Tensor | None, adversarial: Tensor | None) -> Tensor:
@@ -182,16 +187,20 @@ class SelfGuided(Targets):
         """r, of every sample alike; (B, 1) where it differs."""
         return self.r
 
+    def refined(self, batch: Batch, record: SampleRecord) -> Tensor:
+        """The refined labels (B, K) by the record as it is [SGLR eq. 8]."""
+        r = self.share_of_average(batch, record)
+        return r * record.average[batch.index] + (1 - r) * batch.hard
+
     @torch.no_grad()
     def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if batch.epoch >= self.averages_from:
+            mix = self.mix(batch.natural, batch.adversarial)
+            record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
         if batch.epoch < self.start_epoch:
             return Assignment(batch.hard)
-        mix = self.mix(batch.natural, batch.adversarial)
-        record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
-        average = record.average[batch.index]
-        r = self.share_of_average(batch, record)
-        target = r * average + (1 - r) * batch.hard  # eq. 8
-        return Assignment(target, average.amax(1) if self.weighted else None)
+        weight = record.average[batch.index].amax(1) if self.weighted else None
+        return Assignment(self.refined(batch, record), weight)
 
 
 @dataclass(frozen=True)
@@ -403,73 +412,50 @@ def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class KappaGuided(SelfGuided):
-    """EXPERIMENT"""
+    """κ-guided refinement (ours): SGLR with an r of its own for every sample, from its κ and its predictions.
+
+    rᵢ = r + (r_max − r)·(1 − κ̄ᵢ/n)·vᵢ, where κ̄ᵢ is the running κ against the given label (n steps) and vᵢ the running
+    share of the training passes that predicted the sample's most predicted *other* label. A label that PGD hardly moves
+    (κ̄ near n) is kept, one that is lost at once and always to the same other label is replaced, hard samples that are
+    taken now for this and now for that lie between. The target is rᵢ·p̄ᵢ + (1−rᵢ)·onehot [SGLR eq. 8]; the attack moves
+    away from its largest class.
+
+    With `r_max = r` every sample has the same r and this is SGLR; with rᵢ in {0, 1}, momentum 0 and p̄ the natural
+    prediction it is the annotator.
+
+    Attributes:
+        r: of a sample whose label is beyond doubt. r_max: of one whose label is certainly wrong.
+        average_epoch: p̄ is updated from this epoch on, the target refined from `start_epoch` on.
+    """
 
     r: float = 0.1
     temperature: float = 1.0
-    momentum: float = 0.8
+    momentum: float = 0.7
     adversarial_weight: float = 0.5
-    evidence: str = "kappa"
+    r_max: float = 1.0
     average_epoch: int = 0
-    power: float = 1.0
 
-    def natural_mode(self, epoch: int) -> str | None:
-        return "train" if epoch >= self.average_epoch and self.adversarial_weight < 1 else None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction(r_max=self.r_max)
+        _check_at_least(0, average_epoch=self.average_epoch)
+        if self.r_max < self.r:
+            raise InputError(f"r_max is {self.r_max}, below r = {self.r}; give at least r")
 
-    def suspicion(self, batch: Batch, record: SampleRecord) -> Tensor:
-        i = batch.index
-        average = record.average[i]
-        own = average.gather(1, batch.y[:, None])[:, 0]
-        if self.evidence == "kappa":
-            return (1 - record.kappa_average[i] / batch.steps).clamp(0, 1) ** self.power
-        rate = float(record.noise_rate)
-        k = average.shape[1]
-        other = rate / (k - 1)
-        posterior = (1 - own) * other / (own * (1 - rate) + (1 - own) * other)
-        if self.evidence == "posterior":
-            return posterior
-        if self.evidence == "product":
-            return posterior * (1 - record.kappa_average[i] / batch.steps).clamp(0, 1) ** self.power
-        if self.evidence == "rank":
-            return record.suspicion[i]
-        raise InputError(self.evidence)
+    @property
+    def averages_from(self) -> int:
+        return min(self.average_epoch, self.start_epoch)
 
-    def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
-        if epoch < self.start_epoch:
-            return
-        seen = record.kappa >= 0
-        labels = record.labels
-        k = record.average.shape[1]
-        own = record.average.gather(1, labels[:, None])[:, 0][seen]
-        rate = 0.5
-        for _ in range(50):
-            other = rate / (k - 1)
-            rate = float(((1 - own) * other / (own * (1 - rate) + (1 - own) * other)).mean())
-            rate = min(max(rate, 0.01), 0.9)
-        record.noise_rate.fill_(rate)
-        if self.evidence == "rank":
-            kap, los = record.kappa_average[seen], record.loss_average[seen]
-            score = -kap + 0.01 * los / los.max()
-            rank = score.argsort().argsort().float() / len(score)
-            record.suspicion[seen] = torch.sigmoid((rank - (1 - rate)) / 0.05)
-
-    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
-        if batch.epoch < self.start_epoch:
-            return batch.y
-        s = self.r + (1 - self.r) * self.suspicion(batch, record)[:, None]
-        return (s * record.average[batch.index] + (1 - s) * batch.hard).argmax(1)
+    def share_of_average(self, batch: Batch, record: SampleRecord) -> Tensor:
+        kept = record.kappa_average[batch.index] / max(1, batch.steps)
+        other = record.votes[batch.index].masked_fill(batch.hard > 0, 0.0).amax(1)
+        # Not seen before, or never attacked (standard training): κ̄ is NaN, and the votes alone decide.
+        doubt = (1 - kept.nan_to_num(0.0)).clamp(0, 1) * other
+        return (self.r + (self.r_max - self.r) * doubt)[:, None]
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
-        if batch.epoch < self.average_epoch:
-            return Assignment(batch.hard)
-        mix = self.mix(batch.natural, batch.adversarial)
-        record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
-        if batch.epoch < self.start_epoch:
-            return Assignment(batch.hard)
-        average = record.average[batch.index]
-        s = self.r + (1 - self.r) * self.suspicion(batch, record)[:, None]
-        return Assignment(s * average + (1 - s) * batch.hard, average.amax(1) if self.weighted else None)
+    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
+        return batch.y if batch.epoch < self.start_epoch else self.refined(batch, record).argmax(1)
 
 
 def _sat(**options: float) -> SelfGuided:

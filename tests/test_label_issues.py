@@ -182,7 +182,7 @@ def test_the_csv_is_sorted_and_names_classes_and_files(tmp_path):
     issues.to_csv(tmp_path / "issues.csv", files=["a.png", "b.png", "c.png"])
     with open(tmp_path / "issues.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == "index given given_name suggested suggested_name kappa loss score file".split()
+    assert " ".join(rows[0]) == "index given given_name suggested suggested_name kappa loss score file"
     assert list(rows[0].values()) == ["2", "0", "cat, tabby", "1", "Hündin", "0", "3.25", "1", "c.png"]
     assert [row["file"] for row in rows] == ["c.png", "a.png", "b.png"]
     assert rows[2]["kappa"] == "nan"

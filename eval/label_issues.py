@@ -20,7 +20,7 @@ from rb_noisy.files import write_json
 from rb_noisy.label_issues import SCORES, OutOfFold, check_score, estimate_noise_rate, scores
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run
-from rb_noisy.training import training_set
+from rb_noisy.training_data import training_set
 
 MEASURES = {"auroc": "AUROC", "average_precision": "average precision", "precision": "precision at the true rate"}
 COLUMNS = ("data", "method", "noise", "judged by", "score", "runs", *MEASURES.values(), "estimated rate", "true rate")

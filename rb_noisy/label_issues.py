@@ -24,7 +24,8 @@ from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import History, Run
-from rb_noisy.training import train, training_set
+from rb_noisy.training import train
+from rb_noisy.training_data import training_set
 
 HISTORY_SCORES = ("joint", "kappa", "loss")
 SCORES = (*HISTORY_SCORES, "self-confidence", "cleanlab")

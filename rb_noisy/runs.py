@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -152,6 +153,27 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(file) as temporary:
         save_file(plain, temporary, metadata)
+
+
+def load_groups(file: Path, keys: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What `save_tensors` saved under the names "group.name", by group (those missing are empty), and its header.
+
+    Raises:
+        InputError: the file is damaged, or one of `keys` is not in its header.
+    """
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        for name, tensor in load_file(file).items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = tensor
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        missing = [key for key in keys if key not in metadata]
+        if missing:
+            raise KeyError(missing[0])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete it to start over, or restore a copy") from error
+    return groups, metadata
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

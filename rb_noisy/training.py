@@ -23,21 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, pgd
-from rb_noisy.data import Dataset, augment, load_data
+from rb_noisy.data import Dataset, augment
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
-from rb_noisy.noise import NoisyLabels, corrupt
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
-from rb_noisy.runs import Run, history_file, load_teacher, read_metrics, save_tensors, save_weights
+from rb_noisy.runs import Run, history_file, load_groups, load_teacher, read_metrics, save_tensors, save_weights
 from rb_noisy.targets import Assignment, Batch
 from rb_noisy.tracking import Tracker
+from rb_noisy.training_data import training_set
 from rb_noisy.weights import Averager, kept_buffers
 
 
@@ -381,13 +379,14 @@ class _Trainer:
         lines = [*read_metrics(self.path)[:epoch], metrics]
         with atomic_path(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"record.{k}": v for k, v in self.record.state_dict().items()}
-        if self.averager is not None:
-            tensors |= {f"averager.{k}": v for k, v in self.averager.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            if state.get("momentum_buffer") is not None:
-                tensors[f"optimizer.{number}"] = state["momentum_buffer"]
+        momentum = {str(n): s.get("momentum_buffer") for n, s in self.optimizer.state_dict()["state"].items()}
+        groups = {
+            "model": self.model.state_dict(),
+            "record": self.record.state_dict(),
+            "averager": {} if self.averager is None else self.averager.state_dict(),
+            "optimizer": {number: buffer for number, buffer in momentum.items() if buffer is not None},
+        }
+        tensors = {f"{group}.{name}": v for group, named in groups.items() for name, v in named.items()}
         save_tensors(tensors, self.path / "state.safetensors", {"epoch": str(epoch), "best": repr(self.best)})
 
     def _save_history(self, epoch: int) -> None:
@@ -399,16 +398,8 @@ class _Trainer:
         save_tensors(history, history_file(self.path, epoch), {})
 
     def _restore(self, file: Path) -> tuple[int, float]:
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "record": {}, "averager": {}, "optimizer": {}}
-        try:
-            for name, tensor in load_file(file).items():
-                group, _, rest = name.partition(".")
-                groups[group][rest] = tensor
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata()
-            epoch, best = int(metadata["epoch"]), float(metadata["best"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error}); delete it to start over, or restore a copy") from error
+        groups, metadata = load_groups(file, ("epoch", "best"))
+        epoch, best = int(metadata["epoch"]), float(metadata["best"])
         lines = len(read_metrics(self.path))
         if lines <= epoch:
             raise InputError(
@@ -428,37 +419,6 @@ class _Trainer:
         }
         self.optimizer.load_state_dict(optimizer)
         return epoch + 1, best
-
-
-def training_set(recipe: Recipe, data_root: str | Path | None = None) -> tuple[Dataset, NoisyLabels]:
-    """The data that a recipe trains on, and the labels it has there: `train_size` images at most.
-
-    Raises:
-        InputError: the data set or the label noise cannot be had, or is smaller than `train_size`.
-    """
-    data = load_data(recipe.data, data_root)
-    # Before the cut, because label files and part-dependent noise are for the whole training set.
-    labels = noisy_labels(recipe, data)
-    count = recipe.train_size
-    if count is None:
-        return data, labels
-    if count > len(data.x_train):
-        raise InputError(f"train_size is {count} but {data.name} has {len(data.x_train)} training images")
-    data = replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
-    return data, replace(labels, given=labels.given[:count], true=labels.true[:count])
-
-
-def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
-    """The labels that a recipe gives to all (N,) training images of a data set."""
-    return corrupt(
-        data.y_train,
-        recipe.noise,
-        recipe.noise_rate,
-        data.num_classes,
-        recipe.noise_seed,
-        images=data.x_train,
-        **recipe.noise_options,
-    )
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

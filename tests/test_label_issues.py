@@ -36,7 +36,8 @@ from rb_noisy.label_issues import (
 from rb_noisy.measures import auroc
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import History, Run
-from rb_noisy.training import train, training_set
+from rb_noisy.training import train
+from rb_noisy.training_data import training_set
 
 
 def call(function, *arguments):

@@ -178,3 +178,63 @@ def test_running_kappa_and_loss_forget_old_epochs():
     assert record.kappa_average[1].item() == pytest.approx(10 * MEMORY**2)
     assert record.loss_average[1].item() == pytest.approx(10 * MEMORY**2)
     assert record.kappa_average[0].isnan()
+
+
+def seen_record(y, history, targets):
+    """A record that has seen these (κ, predictions) epochs, each a pair of (B,) lists."""
+    record = record_of(targets, y)
+    for kappas, predictions in history:
+        record.observe(torch.arange(len(y)), torch.tensor(kappas), torch.ones(len(y)), torch.tensor(predictions))
+    return record
+
+
+def test_kappa_guided_refinement_doubts_labels_that_are_lost_at_once_to_one_other_label(logits, y):
+    natural, adversarial = logits
+    targets = make_targets("kgr", r=0.1, r_max=0.9, momentum=0.7, adversarial_weight=0.5)
+    # Kept by PGD; lost at once and always to label 2; lost at once, now to 0, now to 3; half kept, half lost to 0.
+    history = [([10, 0, 0, 5, 10, 10], [0, 2, 0, 0, 0, 1]), ([10, 0, 0, 5, 10, 10], [0, 2, 3, 3, 0, 1])]
+    record = seen_record(y, history, targets)
+    batch = batch_of(y, natural, adversarial, epoch=0, steps=10)
+    r = targets.share_of_average(batch, record)[:, 0].tolist()
+    expected = [0.1, 0.9, 0.1 + 0.8 * MEMORY, 0.1 + 0.8 * 0.5 * MEMORY, 0.1, 0.1]
+    assert r == pytest.approx(expected, abs=1e-6)
+    target = targets(batch, record).target
+    p = 0.5 * natural.softmax(1) + 0.5 * adversarial.softmax(1)
+    hard = F.one_hot(y, K).float()
+    average = 0.7 * hard + 0.3 * p
+    for i in range(B):
+        torch.testing.assert_close(target[i], r[i] * average[i] + (1 - r[i]) * hard[i])
+
+
+def test_kappa_guided_refinement_attacks_the_refined_label(y):
+    targets = make_targets("kgr", start_epoch=1)
+    record = seen_record(y, [([0] * B, [2] * B)], targets)
+    record.average = F.one_hot(torch.full((B,), 2), K).float()
+    assert torch.equal(targets.attack_labels(None, batch_of(y, epoch=0, steps=5), record), y)
+    # κ̄ = 0 and every vote is for label 2: r = 1, the label is replaced. Sample 2 has that label itself.
+    assert targets.attack_labels(None, batch_of(y, epoch=1, steps=5), record).tolist() == [2] * B
+
+
+def test_with_one_r_for_all_kappa_guided_refinement_is_sglr(logits, y):
+    natural, adversarial = logits
+    common = {"r": 0.3, "temperature": 1.5, "momentum": 0.9, "adversarial_weight": 0.8}
+    guided, sglr = make_targets("kgr", r_max=0.3, **common), make_targets("sglr", **common)
+    records = [seen_record(y, [([3] * B, [1] * B)], targets) for targets in (guided, sglr)]
+    for epoch in range(3):
+        batch = batch_of(y, natural, adversarial, epoch=epoch, steps=10)
+        ours, theirs = (t(batch, record).target for t, record in zip((guided, sglr), records, strict=True))
+        assert torch.equal(ours, theirs)
+
+
+def test_with_r_of_nought_or_one_kappa_guided_refinement_is_the_annotator(y):
+    """Momentum 0 and a sharp natural prediction: the selected samples get argmax f(x), all others keep their label."""
+    torch.manual_seed(0)
+    natural = torch.randn(B, K) * 1e4
+    targets = make_targets("kgr", r=0.0, momentum=0.0, adversarial_weight=0.0)
+    predicted = natural.argmax(1)
+    selected = predicted != y
+    kappas = torch.where(selected, 0, 10).tolist()
+    record = seen_record(y, [(kappas, predicted.tolist())], targets)
+    target = targets(batch_of(y, natural, natural, steps=10), record).target
+    assert selected.any()
+    assert torch.equal(target, F.one_hot(torch.where(selected, predicted, y), K).float())

@@ -15,7 +15,8 @@ from rb_noisy.errors import InputError
 from rb_noisy.objectives import OBJECTIVES
 from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
-from rb_noisy.training import TrainingDiverged, _Trainer, noisy_labels, train
+from rb_noisy.training import TrainingDiverged, _Trainer, train
+from rb_noisy.training_data import noisy_labels
 from rb_noisy.weights import AWP
 
 MEASURED = ("natural_acc", "pgd_acc", "loss", "kappa")

@@ -1,0 +1,64 @@
+"""What stands in for the hard label, composed with any objective: targets, sample weights and penalties.
+
+A target never carries a gradient. Each class here is called once per batch, after the forward passes, and may move the
+`SampleRecord`; those that choose the label *before* the attack do it in `attack_labels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rb_noisy.errors import make_named
+from rb_noisy.targets.annotator import Annotator
+from rb_noisy.targets.base import Assignment, Batch, Targets
+from rb_noisy.targets.labels import Hard, KappaGuided, LabelSmoothing, SelfGuided, self_adaptive, sglr_released
+from rb_noisy.targets.penalties import EarlyLearning, TemporalEnsembling
+from rb_noisy.targets.teachers import AnnealedSelfDistillation, Distillation
+
+__all__ = [
+    "EPOCH_SHARES",
+    "TARGETS",
+    "Annotator",
+    "Assignment",
+    "Batch",
+    "Hard",
+    "KappaGuided",
+    "LabelSmoothing",
+    "SelfGuided",
+    "Targets",
+    "make_targets",
+]
+
+TARGETS: dict[str, Callable[..., Targets]] = {
+    "hard": Hard,
+    "ls": LabelSmoothing,
+    "sglr": SelfGuided,
+    "sglr-released": sglr_released,
+    "sat": self_adaptive,
+    "te": TemporalEnsembling,
+    "elr": EarlyLearning,
+    "adr": AnnealedSelfDistillation,
+    "kd": Distillation,
+    "annotator": Annotator,
+    "kgr": KappaGuided,
+}
+
+# Epochs that a target's options name, as shares of the run, for recipes that leave them out.
+EPOCH_SHARES: dict[str, dict[str, float]] = {
+    # The released code starts at epoch 90 of 200; the paper is silent.
+    "sglr": {"start_epoch": 0.45},
+    "sglr-released": {"start_epoch": 0.45},
+    "sat": {"start_epoch": 0.3},  # 60 of 200
+    "te": {"start_epoch": 0.45, "ramp_end": 0.75},  # 90 and 150 of 200
+    "annotator": {"start_epoch": 1 / 3},  # 40 of 120
+    "kgr": {"start_epoch": 1 / 3, "average_epoch": 0.2},
+}
+
+
+def make_targets(name: str, **options: float) -> Targets:
+    """A target by its name in `TARGETS`, with the options of its class.
+
+    Raises:
+        InputError: unknown name, unknown option, or an option out of range.
+    """
+    return make_named("target", name, TARGETS, options)

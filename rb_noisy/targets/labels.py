@@ -1,0 +1,162 @@
+"""Targets made of the label and of the network's own predictions: hard, LS, SGLR with SAT, and our κ-guided form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rb_noisy.errors import InputError
+from rb_noisy.record import SampleRecord
+from rb_noisy.targets.base import (
+    Assignment,
+    Batch,
+    Targets,
+    check_at_least,
+    check_fraction,
+    check_temperature,
+    softmax,
+)
+
+
+@dataclass(frozen=True)
+class Hard(Targets):
+    """The given label, one-hot."""
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        return Assignment(batch.hard)
+
+
+@dataclass(frozen=True)
+class LabelSmoothing(Targets):
+    """(r/K)·1 + (1−r)·onehot [SGLR eq. 5]."""
+
+    r: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_fraction(r=self.r)
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        return Assignment(self.r / batch.hard.shape[1] + (1 - self.r) * batch.hard)
+
+
+@dataclass(frozen=True)
+class SelfGuided(Targets):
+    """Self-guided label refinement [SGLR eq. 6–8], and self-adaptive training (SAT, Huang et al. 2020), its ancestor.
+
+    Attributes:
+        r: weight of the running average p̄ in the target (eq. 6, 8); 0 is the hard label, 1 is p̄ alone.
+        temperature: T of the softmax that enters p̄ (Table 4).
+        momentum: α of the running average (eq. 8).
+        adversarial_weight: λ, the share of p(x̃) in what is averaged (eq. 7).
+        start_epoch: the hard label until this epoch (counted from 0); p̄ is updated from it on.
+        weighted: weigh every sample by max p̄, as SAT does.
+    """
+
+    r: float = 0.2
+    temperature: float = 1.5
+    momentum: float = 0.9
+    adversarial_weight: float = 0.8
+    start_epoch: int = 0
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        check_fraction(r=self.r, momentum=self.momentum, adversarial_weight=self.adversarial_weight)
+        check_temperature(self.temperature)
+        check_at_least(0, start_epoch=self.start_epoch)
+
+    @property
+    def averages_from(self) -> int:
+        """The epoch from which on p̄ is updated."""
+        return self.start_epoch
+
+    def natural_mode(self, epoch: int) -> str | None:
+        return "train" if epoch >= self.averages_from and self.adversarial_weight < 1 else None
+
+    @torch.no_grad()
+    def mix(self, natural: Tensor | None, adversarial: Tensor | None) -> Tensor:
+        """λ·p(x̃) + (1−λ)·p(x), (B, K) [SGLR eq. 7]; p of the one pass alone where there is no other."""
+        if natural is None or self.adversarial_weight == 1:
+            return softmax(adversarial, self.temperature)
+        if adversarial is None:
+            return softmax(natural, self.temperature)
+        share = self.adversarial_weight
+        return share * softmax(adversarial, self.temperature) + (1 - share) * softmax(natural, self.temperature)
+
+    def share_of_average(self, batch: Batch, record: SampleRecord) -> Tensor | float:
+        """r, of every sample alike; (B, 1) where it differs."""
+        return self.r
+
+    def refined(self, batch: Batch, record: SampleRecord) -> Tensor:
+        """The refined labels (B, K) by the record as it is [SGLR eq. 8]."""
+        r = self.share_of_average(batch, record)
+        return r * record.average[batch.index] + (1 - r) * batch.hard
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if batch.epoch >= self.averages_from:
+            mix = self.mix(batch.natural, batch.adversarial)
+            record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
+        if batch.epoch < self.start_epoch:
+            return Assignment(batch.hard)
+        weight = record.average[batch.index].amax(1) if self.weighted else None
+        return Assignment(self.refined(batch, record), weight)
+
+
+@dataclass(frozen=True)
+class KappaGuided(SelfGuided):
+    """κ-guided refinement (ours): SGLR with an r of its own for every sample, from its κ and its predictions.
+
+    rᵢ = r + (r_max − r)·(1 − κ̄ᵢ/n)·vᵢ, where κ̄ᵢ is the running κ against the given label (n steps) and vᵢ the running
+    share of the training passes that predicted the sample's most predicted *other* label. A label that PGD hardly moves
+    (κ̄ near n) is kept, one that is lost at once and always to the same other label is replaced, hard samples that are
+    taken now for this and now for that lie between. The target is rᵢ·p̄ᵢ + (1−rᵢ)·onehot [SGLR eq. 8]; the attack moves
+    away from its largest class.
+
+    With `r_max = r` every sample has the same r and this is SGLR; with rᵢ in {0, 1}, momentum 0 and p̄ the natural
+    prediction it is the annotator.
+
+    Attributes:
+        r: of a sample whose label is beyond doubt. r_max: of one whose label is certainly wrong.
+        average_epoch: p̄ is updated from this epoch on, the target refined from `start_epoch` on.
+    """
+
+    r: float = 0.1
+    temperature: float = 1.0
+    momentum: float = 0.7
+    adversarial_weight: float = 0.5
+    r_max: float = 1.0
+    average_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(r_max=self.r_max)
+        check_at_least(0, average_epoch=self.average_epoch)
+        if self.r_max < self.r:
+            raise InputError(f"r_max is {self.r_max}, below r = {self.r}; give at least r")
+
+    @property
+    def averages_from(self) -> int:
+        return min(self.average_epoch, self.start_epoch)
+
+    def share_of_average(self, batch: Batch, record: SampleRecord) -> Tensor:
+        kept = record.kappa_average[batch.index] / max(1, batch.steps)
+        other = record.votes[batch.index].masked_fill(batch.hard > 0, 0.0).amax(1)
+        # Not seen before, or never attacked (standard training): κ̄ is NaN, and the votes alone decide.
+        doubt = (1 - kept.nan_to_num(0.0)).clamp(0, 1) * other
+        return (self.r + (self.r_max - self.r) * doubt)[:, None]
+
+    @torch.no_grad()
+    def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
+        return batch.y if batch.epoch < self.start_epoch else self.refined(batch, record).argmax(1)
+
+
+def self_adaptive(**options: float) -> SelfGuided:
+    """SAT for AT (Huang et al. 2020): p̄ of the natural prediction is the whole target, samples weigh max p̄."""
+    return SelfGuided(**{"r": 1.0, "temperature": 1.0, "adversarial_weight": 0.0, "weighted": True} | options)
+
+
+def sglr_released(**options: float) -> SelfGuided:
+    """What the authors' released code does: plain cross entropy for 90 of 200 epochs, then p̄ itself is the target."""
+    return SelfGuided(**{"r": 1.0, "temperature": 1.0} | options)

@@ -25,7 +25,7 @@ class SampleRecord:
         prediction: (N,) int64, the predicted label in that pass, −1 before the first.
         kappa_average, loss_average: (N,) float32, running averages of both over the epochs, NaN before the first.
         votes: (N, K) float32, running average of the one-hot predictions, zero before the first.
-        noise_rate: () float32, the share of wrong labels that a target estimated, NaN before.
+        noise_rate: () float32, the share of wrong labels that a target estimated, 0 before.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, start_average: str = "onehot"):
@@ -36,7 +36,7 @@ class SampleRecord:
         self.loss = torch.full_like(labels, torch.nan, dtype=torch.float32)
         self.kappa_average, self.loss_average = self.loss.clone(), self.loss.clone()
         self.votes = torch.zeros_like(self.average)
-        self.noise_rate = torch.tensor(torch.nan, device=labels.device)
+        self.noise_rate = torch.tensor(0.0, device=labels.device)
 
     def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
         """Enter what a training pass showed of the samples in `index`, each (B,)."""

@@ -187,10 +187,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error
 
 
-def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
-    """The network of a run folder (final weights) or of a pretrained timm name, in eval mode, without gradients.
+def load_teacher(name: str, images: Tensor, num_classes: int) -> nn.Module:
+    """The network of a run folder (final weights) or of a timm name with weights, in eval mode, without gradients.
 
-    Every model of our zoo has a timm name.
+    Every model of our zoo has a timm name. `images` (n, C, H, W) and `num_classes` are what it has to take and to tell
+    apart.
 
     Raises:
         InputError: neither of the two, or a network for other data.
@@ -198,14 +199,19 @@ def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
     import timm
 
     if (Path(name) / "run.json").is_file():
-        run = Run.open(name)
-        own, model = (run.model_options["num_classes"], run.model_options["in_chans"]), run.load()
-    elif timm.is_model(name) and (cfg := timm.get_pretrained_cfg(name)) is not None and cfg.has_weights:
-        own, model = (cfg.num_classes, cfg.input_size[0]), timm.create_model(name, pretrained=True)
+        model = Run.open(name).load()
+    elif timm.is_model(name):
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"the weights of teacher {name!r} cannot be loaded ({error}); name another") from error
     else:
         raise InputError(f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm")
-    if own != (num_classes, in_chans):
-        raise InputError(
-            f"teacher {name!r} takes {own[1]} channels to {own[0]} classes, not {in_chans} to {num_classes}"
-        )
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    try:
+        classes = model(images).shape[1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"teacher {name!r} cannot take images of {tuple(images.shape[1:])} ({error})") from error
+    if classes != num_classes:
+        raise InputError(f"teacher {name!r} tells {classes} classes apart, not {num_classes}; name one for this data")
+    return model

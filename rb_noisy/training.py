@@ -117,7 +117,7 @@ class _Trainer:
         averaging = recipe.make_averaging()
         self.averager = None if averaging is None else Averager(self.model, averaging)
         self.teachers = {
-            name: load_teacher(name, data.num_classes, data.in_chans).to(self.device)
+            name: load_teacher(name, data.x_train[:2], data.num_classes).to(self.device)
             for name in self.targets.teachers
             if name != "average"
         }

@@ -43,7 +43,7 @@ def test_sat_trains_towards_the_average_of_natural_predictions_and_weighs_by_its
     record = record_of(targets, y)
     assert torch.equal(targets(batch_of(y, natural, adversarial, epoch=0), record).target, F.one_hot(y, K).float())
     assigned = targets(batch_of(y, natural, adversarial, epoch=1), record)
-    assert targets.natural_mode(1) == "train"
+    assert targets.natural_mode(1) == "eval"
     for i in range(B):
         p = [math.exp(v) for v in natural[i].tolist()]
         expected = [0.9 * float(k == y[i]) + 0.1 * p[k] / sum(p) for k in range(K)]

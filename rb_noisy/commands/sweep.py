@@ -18,6 +18,7 @@ from rb_noisy.errors import InputError
 
 if TYPE_CHECKING:
     from rb_noisy.runs import Run
+    from rb_noisy.studies import Grid
 
 SPAN = "several, with commas between them, span a grid"
 
@@ -36,7 +37,11 @@ def sweep(
         typer.Option("--set", help="Any other recipe field, e.g. --set target_options.r=0,0.2,0.4 (repeatable)."),
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option(help="A JSON list of recipes (objects), each merged over the options here.")
+        str | None,
+        typer.Option(
+            help="A study of the papers (sglr-table2, sglr-table3, sglr-table4, sglr-noise, nl-noise, nl-annotator, "
+            "methods), or a JSON file with a list of recipes, each merged over the options here."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in its own process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
@@ -57,7 +62,11 @@ def sweep(
     }
     with user_errors():
         texts = [f"{name}={text}" for name, text in named.items() if text is not None]
-        recipes = expand_grid(parse_axes([*texts, *(settings or [])]), None if grid is None else read_grid(grid))
+        axes, entries = parse_axes([*texts, *(settings or [])]), None
+        if grid is not None:
+            named_grid = read_grid(grid, axes.get("data", [""])[0])
+            axes, entries = {**named_grid.axes, **axes}, named_grid.recipes
+        recipes = expand_grid(axes, entries)
         found = find_runs(recipes, out)
         if dry_run:
             for name, run in found.items():
@@ -117,17 +126,22 @@ def split_values(text: str, name: str) -> list[str]:
     return values
 
 
-def read_grid(file: Path) -> list[dict[str, Any]]:
-    """The recipes of a --grid file."""
+def read_grid(name: str, data: str) -> Grid:
+    """The recipes of a --grid file, or of a named study on a data set."""
+    from rb_noisy.studies import Grid, studies, study
+
+    file = Path(name)
     if not file.is_file():
-        raise InputError(f"--grid {file} is no file; name a JSON list of recipes")
+        if file.suffix == ".json":
+            raise InputError(f"--grid {file} is no file; name a JSON list of recipes, or one of {', '.join(studies())}")
+        return study(name, data)
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--grid {file} is not valid JSON ({error}); mend it") from error
     if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
         raise InputError(f"--grid {file} holds no list of JSON objects; write [{{...}}, {{...}}] of recipe fields")
-    return entries
+    return Grid({}, entries)
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class SelfGuided(Targets):
         adversarial_weight: λ, the share of p(x̃) in what is averaged (eq. 7).
         start_epoch: the hard label until this epoch (counted from 0); p̄ is updated from it on.
         weighted: weigh every sample by max p̄, as SAT does.
+        natural_pass: "train", as the released code has it, in which the pass on x moves the BatchNorm statistics (in
+            short runs that costs robust accuracy), or "eval", in which it does not.
     """
 
     r: float = 0.2
@@ -60,8 +62,11 @@ class SelfGuided(Targets):
     adversarial_weight: float = 0.8
     start_epoch: int = 0
     weighted: bool = False
+    natural_pass: str = "train"
 
     def __post_init__(self) -> None:
+        if self.natural_pass not in ("train", "eval"):
+            raise InputError(f"natural_pass is {self.natural_pass!r}; give 'train' or 'eval'")
         check_fraction(r=self.r, momentum=self.momentum, adversarial_weight=self.adversarial_weight)
         check_temperature(self.temperature)
         check_at_least(0, start_epoch=self.start_epoch)
@@ -72,7 +77,7 @@ class SelfGuided(Targets):
         return self.start_epoch
 
     def natural_mode(self, epoch: int) -> str | None:
-        return "train" if epoch >= self.averages_from and self.adversarial_weight < 1 else None
+        return self.natural_pass if epoch >= self.averages_from and self.adversarial_weight < 1 else None
 
     @torch.no_grad()
     def mix(self, natural: Tensor | None, adversarial: Tensor | None) -> Tensor:
@@ -126,6 +131,7 @@ class KappaGuided(SelfGuided):
     temperature: float = 1.0
     momentum: float = 0.7
     adversarial_weight: float = 0.5
+    natural_pass: str = "eval"
     r_max: float = 1.0
     average_epoch: int = 0
 
@@ -154,7 +160,8 @@ class KappaGuided(SelfGuided):
 
 def self_adaptive(**options: float) -> SelfGuided:
     """SAT for AT (Huang et al. 2020): p̄ of the natural prediction is the whole target, samples weigh max p̄."""
-    return SelfGuided(**{"r": 1.0, "temperature": 1.0, "adversarial_weight": 0.0, "weighted": True} | options)
+    preset = {"r": 1.0, "temperature": 1.0, "adversarial_weight": 0.0, "weighted": True, "natural_pass": "eval"}
+    return SelfGuided(**preset | options)
 
 
 def sglr_released(**options: float) -> SelfGuided:

@@ -1,0 +1,47 @@
+"""The papers' tables and figures as named grids of recipes, for `rb-noisy sweep --grid NAME`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rb_noisy.errors import InputError, unknown_name
+
+FILE = Path(__file__).with_name("studies.json")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of recipes: `axes` (field → its values) span it, each of `recipes` is merged over every combination."""
+
+    axes: Mapping[str, list[Any]]
+    recipes: list[dict[str, Any]]
+
+
+def studies() -> dict[str, str]:
+    """What each named study is about."""
+    return {name: study["about"] for name, study in _read().items()}
+
+
+def study(name: str, data: str) -> Grid:
+    """A named study on a data set; teachers that it needs are the zoo's models `at_{data}` and `st_{data}`.
+
+    Raises:
+        InputError: no such study.
+    """
+    known = _read()
+    if name not in known:
+        raise unknown_name("study", name, known)
+    text = json.dumps(known[name]).replace("{data}", data)
+    found = json.loads(text)
+    return Grid(found.get("axes", {}), found.get("recipes", [{}]))
+
+
+def _read() -> dict[str, Any]:
+    try:
+        return json.loads(FILE.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{FILE} cannot be read ({error}); install rb-noisy again") from error

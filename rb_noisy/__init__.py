@@ -14,9 +14,12 @@ from rb_noisy.errors import InputError
 
 if TYPE_CHECKING:
     from model_zoo.registry import list_models, load_model
+    from rb_noisy.annotation import annotate
     from rb_noisy.attacks import AttackResult, kappa, pgd
     from rb_noisy.autoattack import run_autoattack
+    from rb_noisy.confidence import Calibrated, calibrate
     from rb_noisy.data import load_data
+    from rb_noisy.label_issues import LabelIssues, find_label_issues
     from rb_noisy.noise import NoisyLabels, corrupt
     from rb_noisy.recipes import Recipe
     from rb_noisy.runs import Run
@@ -25,11 +28,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AttackResult",
+    "Calibrated",
     "InputError",
+    "LabelIssues",
     "NoisyLabels",
     "Recipe",
     "Run",
+    "annotate",
+    "calibrate",
     "corrupt",
+    "find_label_issues",
     "kappa",
     "list_models",
     "load_data",
@@ -42,9 +50,12 @@ __all__ = [
 # Imported at first use: some of these bring timm and torchvision with them.
 _HOMES = {
     "model_zoo.registry": ("list_models", "load_model"),
+    "rb_noisy.annotation": ("annotate",),
     "rb_noisy.attacks": ("AttackResult", "kappa", "pgd"),
     "rb_noisy.autoattack": ("run_autoattack",),
+    "rb_noisy.confidence": ("Calibrated", "calibrate"),
     "rb_noisy.data": ("load_data",),
+    "rb_noisy.label_issues": ("LabelIssues", "find_label_issues"),
     "rb_noisy.noise": ("NoisyLabels", "corrupt"),
     "rb_noisy.recipes": ("Recipe",),
     "rb_noisy.runs": ("Run",),

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import _mode, kappa
-from rb_noisy.data import _image_files, _npz_images, _pixels, _read_image, open_npz
+from rb_noisy.attacks import in_mode, kappa
+from rb_noisy.data import image_files, npz_images, open_npz, pixels, read_image
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 from rb_noisy.measures import wilson_interval
@@ -133,7 +133,7 @@ def annotate(
             found = calibrator.predict(x)
             part = (torch.as_tensor(found.label), torch.as_tensor(found.kappa), torch.as_tensor(found.confidence))
         else:
-            with torch.no_grad(), _mode(model, "eval"):
+            with torch.no_grad(), in_mode(model, "eval"):
                 logits = model(x)
             if not logits.isfinite().all():
                 bad = at + int((~logits.isfinite().all(1)).int().argmax())
@@ -182,15 +182,15 @@ def load_images(source: str) -> tuple[Tensor, tuple[str, ...] | None]:
     folder = Path(place).expanduser() / "test" if kind == "imagefolder" and place else Path(source).expanduser()
     if not folder.is_dir():
         raise InputError(f"images {source!r}: {folder} is no folder; give a folder, npz:FILE or imagefolder:DIR")
-    paths = _image_files(folder)
-    images = [_read_image(path) for path in paths]
+    paths = image_files(folder)
+    images = [read_image(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape[:2] != images[0].shape[:2]:
             (height, width), (h, w) = image.shape[:2], images[0].shape[:2]
             raise InputError(f"{path} is {width}x{height} but {paths[0]} is {w}x{h}: resize all images to one size")
     channels = max(image.shape[2] for image in images)
     x = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2)
-    return _pixels(x).contiguous(), tuple(path.relative_to(folder).as_posix() for path in paths)
+    return pixels(x).contiguous(), tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _from_npz(path: Path) -> Tensor:
@@ -199,7 +199,7 @@ def _from_npz(path: Path) -> Tensor:
         if name is None:
             raise InputError(f"{path} has no array 'x' or 'x_test': it holds {file.files}")
         images = np.asarray(file[name])
-    return _npz_images(f"{name} of {path}", images)
+    return npz_images(f"{name} of {path}", images)
 
 
 Answers = dict[str, np.ndarray]

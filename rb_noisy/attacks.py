@@ -123,7 +123,7 @@ def pgd(
     attack_loss = _attack_loss(loss)
     radius = eps if start_radius is None else start_radius
     start = _start(x, radius, norm, random_start, _generator(seed, generator))
-    with _mode(model, mode):
+    with in_mode(model, mode):
         natural = _logits(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
         x_adv, correct = start, []
         for _ in range(steps):
@@ -175,7 +175,7 @@ def kappa(
         raise InputError(f"batch_size is {batch_size}; give at least 1")
     generator = _generator(seed, None)
     values = []
-    with _mode(model, "eval"):
+    with in_mode(model, "eval"):
         for at in range(0, len(x), batch_size):
             xb = x[at : at + batch_size].to(device)
             yb = _logits(model, xb).argmax(1) if y is None else y[at : at + batch_size].to(device)
@@ -289,7 +289,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _mode(model: nn.Module, mode: str) -> Iterator[None]:
+def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Put the whole model in `mode`, then every module back into its own (frozen BatchNorms stay frozen)."""
     if mode not in ("eval", "train", "keep"):
         raise InputError(f"attack mode is {mode!r}; give 'eval', 'train' or 'keep'")

@@ -6,14 +6,13 @@ the same seed and batch size its verdicts equal the reference's, sample by sampl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from rb_noisy import compat
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path
+from rb_noisy.files import atomic_path, tensors_digest
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version's attacks, in its order."""
@@ -326,9 +325,9 @@ def _check_square(task: _Task, state: _State, log: _Warnings) -> None:
 def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
     """What a state file must have been made with to be gone on from."""
     return {
-        "model": _digest(chain(task.model.named_parameters(), task.model.named_buffers())),
-        "x": _digest([("x", task.x)]),
-        "y": _digest([("y", task.y)]),
+        "model": tensors_digest(chain(task.model.named_parameters(), task.model.named_buffers())),
+        "x": tensors_digest([("x", task.x)]),
+        "y": tensors_digest([("y", task.y)]),
         "eps": float(task.eps),
         "norm": task.norm,
         "seed": int(task.seed),
@@ -336,15 +335,6 @@ def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
         "attacks": list(task.attacks),
         "return_adversarials": bool(return_adversarials),
     }
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, types, shapes and contents."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _save(path: str | os.PathLike, settings: dict[str, Any], state: _State, log: _Warnings) -> None:

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from rb_noisy.attacks import NORMS, kappa, pgd
-from rb_noisy.autoattack import _digest
 from rb_noisy.calibration import fit_isotonic
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import write_json
+from rb_noisy.files import tensors_digest, write_json
 from rb_noisy.measures import as_float64
 
 FEATURES = ("kappa", "max_softmax", "margin", "entropy")
@@ -346,7 +345,7 @@ def _device(model: nn.Module, x: Tensor) -> torch.device:
 
 
 def _weights(model: nn.Module) -> str:
-    return _digest(chain(model.named_parameters(), model.named_buffers()))
+    return tensors_digest(chain(model.named_parameters(), model.named_buffers()))
 
 
 def _parsed(content: dict[str, Any], model: nn.Module) -> Calibrated:

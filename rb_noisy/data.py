@@ -193,7 +193,7 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
         raise InputError(f"{path} is damaged ({error}): write it again with numpy.savez") from error
 
 
-def _pixels(images: np.ndarray) -> Tensor:
+def pixels(images: np.ndarray) -> Tensor:
     """uint8 0..255 to a float32 tensor in [0, 1]."""
     return torch.from_numpy(images.astype(np.float32)).div_(255)
 
@@ -214,7 +214,7 @@ def _digits(name: str, root: Path, download: bool) -> Dataset:
 
 def _mnist(name: str, root: Path, download: bool) -> Dataset:
     arrays = [_idx(content) for content in _contents(name, root, download)]
-    x_train, x_test = (_pixels(images[:, None]) for images in arrays[::2])
+    x_train, x_test = (pixels(images[:, None]) for images in arrays[::2])
     y_train, y_test = (torch.from_numpy(labels.astype(np.int64)) for labels in arrays[1::2])
     return Dataset(name, x_train, y_train, x_test, y_test, tuple("0123456789"))
 
@@ -235,7 +235,7 @@ def _cifar(name: str, root: Path, download: bool) -> Dataset:
     def split(*names: str) -> tuple[Tensor, Tensor]:
         records = np.frombuffer(b"".join(members[n] for n in names), np.uint8).reshape(-1, layout.label_bytes + 3072)
         labels = records[:, layout.label_bytes - 1].astype(np.int64)
-        return _pixels(records[:, layout.label_bytes :].reshape(-1, 3, 32, 32)), torch.from_numpy(labels)
+        return pixels(records[:, layout.label_bytes :].reshape(-1, 3, 32, 32)), torch.from_numpy(labels)
 
     return Dataset(name, *split(*layout.train), *split(layout.test), tuple(members[layout.names].decode().split()))
 
@@ -297,7 +297,7 @@ def _npz(name: str, path: Path) -> Dataset:
             raise InputError(f"{path} has no array {missing[0]!r}: it holds {file.files}, and needs {list(keys)}")
         # A zip member that is no array comes back as bytes.
         arrays = {key: np.asarray(file[key]) for key in (*keys, "class_names") if key in file}
-    x = {split: _npz_images(f"x_{split} of {path}", arrays[f"x_{split}"]) for split in ("train", "test")}
+    x = {split: npz_images(f"x_{split} of {path}", arrays[f"x_{split}"]) for split in ("train", "test")}
     y = {split: _npz_labels(f"y_{split} of {path}", arrays[f"y_{split}"]) for split in ("train", "test")}
     for split in ("train", "test"):
         if len(x[split]) != len(y[split]):
@@ -327,13 +327,13 @@ def _npz_labels(what: str, y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
-def _npz_images(what: str, x: np.ndarray) -> Tensor:
+def npz_images(what: str, x: np.ndarray) -> Tensor:
     if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] > 4) or x.size == 0:
         raise InputError(f"{what} has shape {x.shape}: give (N, H, W) or (N, H, W, C) with C up to 4")
     # Channels first before the copy to float, so that the result is contiguous.
     x = np.ascontiguousarray((x[..., None] if x.ndim == 3 else x).transpose(0, 3, 1, 2))
     if x.dtype == np.uint8:
-        return _pixels(x)
+        return pixels(x)
     if x.dtype.kind != "f":
         raise InputError(f"{what} has dtype {x.dtype}: give uint8 0..255 or float in [0, 1]")
     if not (x.min() >= 0 and x.max() <= 1):
@@ -342,25 +342,25 @@ def _npz_images(what: str, x: np.ndarray) -> Tensor:
 
 
 def _imagefolder(name: str, folder: Path) -> Dataset:
-    train, test = (_class_folders(folder / split) for split in ("train", "test"))
+    train, test = (class_folders(folder / split) for split in ("train", "test"))
     if odd := {c.name for c in train} ^ {c.name for c in test}:
         raise InputError(f"train and test of {folder} need the same class folders: only one has {sorted(odd)}")
-    files = {split: [_image_files(c) for c in folders] for split, folders in (("train", train), ("test", test))}
+    files = {split: [image_files(c) for c in folders] for split, folders in (("train", train), ("test", test))}
     images: list[np.ndarray] = []
     paths = [file for split in files.values() for of_class in split for file in of_class]
     for path in paths:
-        images.append(_read_image(path))
+        images.append(read_image(path))
         if images[-1].shape[:2] != images[0].shape[:2]:
             (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
             raise InputError(f"{path} is {width}x{height} but {paths[0]} is {w}x{h}: resize all images to one size")
     channels = max(image.shape[2] for image in images)
-    x = _pixels(np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2))
+    x = pixels(np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2))
     y_train, y_test = (torch.tensor([c for c, of_class in enumerate(s) for _ in of_class]) for s in files.values())
     n = len(y_train)
     return Dataset(name, x[:n].contiguous(), y_train, x[n:].contiguous(), y_test, tuple(c.name for c in train))
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: an imagefolder has train/<class>/ and test/<class>/")
     folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -369,7 +369,7 @@ def _class_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
@@ -378,7 +378,7 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_image(file: Path) -> np.ndarray:
+def read_image(file: Path) -> np.ndarray:
     """(H, W, 1) uint8 for a greyscale image, else (H, W, 3)."""
     from PIL import Image
 

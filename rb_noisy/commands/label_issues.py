@@ -144,9 +144,9 @@ def _short(issues: LabelIssues, label: int, length: int = 11) -> str:
 
 def _image_names(data: str) -> list[str] | None:
     """The training files of an image folder, in the order of its samples; None for other data."""
-    from rb_noisy.data import _class_folders, _image_files
+    from rb_noisy.data import class_folders, image_files
 
     kind, _, folder = data.partition(":")
     if kind != "imagefolder":
         return None
-    return [str(file) for group in _class_folders(Path(folder).expanduser() / "train") for file in _image_files(group)]
+    return [str(file) for group in class_folders(Path(folder).expanduser() / "train") for file in image_files(group)]

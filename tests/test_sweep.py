@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from rb_noisy.commands.sweep import parse_axes, sweep
 from rb_noisy.errors import InputError
+from rb_noisy.objectives import OBJECTIVES
+from rb_noisy.recipes import PARTS
 from rb_noisy.runs import Run
+from rb_noisy.studies import studies, study
 from rb_noisy.sweep import expand_grid, run_sweep
 from rb_noisy.training import train
 
@@ -220,3 +223,31 @@ def is_alive(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "cifar10"])
+@pytest.mark.parametrize("name", studies())
+def test_every_study_of_the_papers_is_a_grid_of_recipes(name, data):
+    grid = study(name, data)
+    recipes = expand_grid({"data": [data], **grid.axes}, grid.recipes)
+    count = {"sglr-table4": 15, "nl-noise": 18, "nl-annotator": 4, "sglr-table3": 4, "sglr-noise": 2}
+    assert len(recipes) == count.get(name, len(grid.recipes))
+    for recipe in recipes.values():
+        assert recipe.data == data
+        assert all(data in teacher for teacher in recipe.make_targets().teachers if teacher != "average")
+
+
+def test_the_methods_study_names_every_part_there_is():
+    methods = {part for recipe in study("methods", "digits").recipes for part in recipe["method"].split("+")}
+    assert methods == {*OBJECTIVES, *(part for parts in PARTS.values() for part in parts)} - {"hard", "ce"}
+
+
+def test_a_study_is_named_on_the_command_line_and_options_override_its_axes(tmp_path):
+    done = call(
+        "--grid", "sglr-table4", "--data", "digits", "--set", "target_options.r=0.2", "--dry-run", "--out", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    assert len(done.stdout.splitlines()) == 3
+    unknown = call("--grid", "sglr-table9", "--data", "digits", "--dry-run", "--out", tmp_path)
+    assert unknown.exit_code == 2
+    assert "did you mean sglr-table" in unknown.output

@@ -58,12 +58,14 @@ class AttackResult:
         broken: (N,) bool, whether any of the iterates x⁽⁰⁾ … x⁽ⁿ⁾ was misclassified; None unless asked for,
             because f(x⁽ⁿ⁾) costs one more forward pass.
         final_correct: (N,) bool, whether x⁽ⁿ⁾ is classified as y; None unless asked for.
+        start_prediction: (N,) int64, the predicted class of x⁽⁰⁾; None for an attack without steps.
     """
 
     x_adv: Tensor
     kappa: Tensor
     broken: Tensor | None = None
     final_correct: Tensor | None = None
+    start_prediction: Tensor | None = None
 
 
 def pgd(
@@ -125,16 +127,18 @@ def pgd(
     start = _start(x, radius, norm, random_start, _generator(seed, generator))
     with in_mode(model, mode):
         natural = _logits(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
-        x_adv, correct = start, []
+        x_adv, predictions = start, []
         for _ in range(steps):
             x_adv, prediction = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
-            correct.append(prediction == judged)
+            predictions.append(prediction)
+        correct = [prediction == judged for prediction in predictions]
         kappa_values = _kappa_of(correct, y, definition)
+        at_start = predictions[0] if predictions else None
         if not evaluate_final:
-            return AttackResult(x_adv, kappa_values)
+            return AttackResult(x_adv, kappa_values, start_prediction=at_start)
         final_correct = _logits(model, x_adv).argmax(1) == judged
     survived = torch.stack([*correct, final_correct]).all(0)
-    return AttackResult(x_adv, kappa_values, ~survived, final_correct)
+    return AttackResult(x_adv, kappa_values, ~survived, final_correct, at_start)
 
 
 def kappa(

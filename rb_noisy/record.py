@@ -22,7 +22,8 @@ class SampleRecord:
             suspicious).
         loss: (N,) float32, cross entropy with the given label in the last training pass (on x̃ where the method
             attacks, else on x), NaN before the first (large = suspicious).
-        prediction: (N,) int64, the predicted label in that pass, −1 before the first.
+        prediction: (N,) int64, the predicted label of the last attack's random start (of x where the method does not
+            attack), −1 before the first: what the network takes the sample for, which x̃ would not say.
         kappa_average, loss_average: (N,) float32, running averages of both over the epochs, NaN before the first.
         votes: (N, K) float32, running average of the one-hot predictions, zero before the first.
         noise_rate: () float32, the share of wrong labels that a target estimated, 0 before.

@@ -30,7 +30,8 @@ class History:
             trained on, or the method does not attack (small = suspicious label).
         loss: (E, N) float32, cross entropy with the given label in the training pass (on x̃ where the method attacks,
             else on x); NaN where the sample was not trained on (large = suspicious label).
-        prediction: (E, N) int16, the predicted label in that pass; −1 where the sample was not trained on.
+        prediction: (E, N) int16, the predicted label of the attack's random start (of x where the method does not
+            attack); −1 where the sample was not trained on.
     """
 
     kappa: Tensor

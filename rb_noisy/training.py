@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, pgd
+from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, pgd
 from rb_noisy.data import Dataset, augment
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
@@ -217,15 +217,15 @@ class _Trainer:
         )
         self.wrapped.train()
         batch.labels = self.targets.attack_labels(self.model, batch, self.record)
-        kappa = self._attack(batch)
+        attack = self._attack(batch)
         self.optimizer.zero_grad()
         if self.awp is None or epoch < self.awp.warmup:
-            assignment, loss = self._forward(batch, kappa, self.wrapped)
+            assignment, loss = self._forward(batch, attack, self.wrapped)
             self.accelerator.backward(loss)
         else:
             # Of the two passes only the one at the perturbed weights may move the BatchNorm statistics.
             with kept_buffers(self.model):
-                assignment, loss = self._forward(batch, kappa, self.model)
+                assignment, loss = self._forward(batch, attack, self.model)
                 gradients = self._gradients(loss)
             with self.awp.perturbed(self.model, gradients):
                 self._passes(batch, self.wrapped)
@@ -236,8 +236,8 @@ class _Trainer:
         self.optimizer.step()
         return loss.detach(), norm
 
-    def _attack(self, batch: Batch) -> Tensor | None:
-        """Put x̃ into the batch; κ against the given labels, None where the method does not attack."""
+    def _attack(self, batch: Batch) -> AttackResult | None:
+        """Put x̃ into the batch; κ is against the given labels. None where the method does not attack."""
         recipe, objective = self.recipe, self.objective
         if objective.attack_loss is None:
             return None
@@ -266,7 +266,7 @@ class _Trainer:
             kappa_labels=batch.y,
         )
         batch.x_adv = attack.x_adv
-        return attack.kappa
+        return attack
 
     def _passes(self, batch: Batch, network: nn.Module) -> None:
         """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last."""
@@ -275,7 +275,7 @@ class _Trainer:
         if self.objective.uses_natural:
             batch.natural = network(batch.x)
 
-    def _forward(self, batch: Batch, kappa: Tensor | None, network: nn.Module) -> tuple[Assignment, Tensor]:
+    def _forward(self, batch: Batch, attack: AttackResult | None, network: nn.Module) -> tuple[Assignment, Tensor]:
         """All passes of the batch, what it is trained towards, and the loss; the record learns of it."""
         mode, guiding = self.targets.natural_mode(batch.epoch), None
         if mode == "eval":
@@ -287,7 +287,8 @@ class _Trainer:
         with torch.no_grad():
             logits = batch.natural if batch.adversarial is None else batch.adversarial
             per_sample = F.cross_entropy(logits.float(), batch.y, reduction="none")
-            seen = (batch.index, kappa, per_sample, logits.argmax(1))
+            kappa, prediction = (None, None) if attack is None else (attack.kappa, attack.start_prediction)
+            seen = (batch.index, kappa, per_sample, logits.argmax(1) if prediction is None else prediction)
             self.record.observe(*(None if value is None else self._gather(value) for value in seen))
             assignment = self.targets(batch if guiding is None else replace(batch, natural=guiding), self.record)
         return assignment, self._loss(batch, assignment)

@@ -139,6 +139,14 @@ def test_kappa_comes_with_the_attack_at_no_further_forward_pass():
     assert len(calls) == 7
 
 
+def test_the_prediction_at_the_start_comes_for_nothing_too():
+    model, (x, y) = small_net(), samples()
+    attack = pgd(model, x, y, eps=0.3, alpha=0.1, steps=3, seed=5)
+    assert torch.equal(attack.start_prediction == y, attack.kappa > 0)
+    start = pgd(model, x, y, eps=0.3, alpha=0.1, steps=0, seed=5).x_adv
+    assert torch.equal(attack.start_prediction, model(start).argmax(1))
+
+
 def test_kappa_alone_drops_a_sample_once_it_is_misclassified():
     model, (x, y) = small_net(), samples(n=64)
     y = torch.where(torch.arange(64) % 2 == 0, y, model(x).argmax(1))

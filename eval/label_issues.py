@@ -94,11 +94,11 @@ def judge(path: Path, data_root: Path | None = None) -> Judged:
 def _setting(recipe: Recipe, by: str, epochs: int) -> tuple[str, str, str, str]:
     data = recipe.data if ":" not in recipe.data else Path(recipe.data).stem
     size = "" if recipe.train_size is None else f" ({recipe.train_size})"
-    kind, _, file = recipe.noise.partition(":")  # human:FILE:SET
-    noise = f"{kind} {Path(file).name}".strip() if recipe.noise_rate is None else f"{kind} {recipe.noise_rate:g}"
+    rate = Path(recipe.noise_options.get("file", "")).name if recipe.noise_rate is None else f"{recipe.noise_rate:g}"
+    noise = f"{recipe.noise} {rate}".strip()
     if key := recipe.noise_options.get("key"):
         noise += f" {key}"
-    return f"{data}{size}", f"{recipe.method}, {epochs} epochs", noise, by
+    return f"{data}{size}", f"{recipe.method}, {recipe.backbone}, {epochs} epochs", noise, by
 
 
 def tabulate(judged: list[Judged]) -> dict[str, Any]:

@@ -279,7 +279,13 @@ def _value(recipe: Recipe, name: str) -> Any:
     field, dot, option = name.partition(".")
     if not dot:
         return getattr(recipe, field)
-    made = {"target_options": recipe.make_targets, "objective_options": recipe.make_objective}
+    made = {
+        "target_options": recipe.make_targets,
+        "objective_options": recipe.make_objective,
+        "criterion_options": recipe.make_criterion,
+        "awp_options": recipe.make_awp,
+        "averaging_options": recipe.make_averaging,
+    }
     default = getattr(made[field](), option, None) if field in made else None
     return getattr(recipe, field).get(option, default)
 

@@ -23,14 +23,13 @@ from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
 from rb_noisy.recipes import Recipe
+from rb_noisy.record import PERSISTENT
 from rb_noisy.runs import History, Run
 from rb_noisy.training import train
 from rb_noisy.training_data import training_set
 
 HISTORY_SCORES = ("joint", "kappa", "loss")
 SCORES = (*HISTORY_SCORES, "self-confidence", "cleanlab")
-# A prediction that says the same other class in this share of the epochs is taken for the label.
-PERSISTENT = 0.75
 
 Window = tuple[int, int] | None
 
@@ -286,8 +285,8 @@ def out_of_fold(
         with torch.no_grad():
             logits = torch.cat([model(part.to(device)).cpu() for part in x.split(500)])
         probabilities[held_out] = logits.double().softmax(1)
-        attack = {name: getattr(recipe, name) for name in ("eps", "alpha", "steps", "norm", "seed")}
-        kappa[held_out] = measure_kappa(model, x, y, **attack)
+        attack = {"alpha": recipe.track_alpha, "steps": recipe.track_steps}  # fast training attacks in one step
+        kappa[held_out] = measure_kappa(model, x, y, eps=recipe.eps, norm=recipe.norm, seed=recipe.seed, **attack)
     return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe)
 
 

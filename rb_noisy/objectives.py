@@ -37,6 +37,11 @@ class Objective:
     start_ratio: ClassVar[float] = 1.0
     project: ClassVar[bool] = True
 
+    @property
+    def attack_weight(self) -> float:
+        """The weight in the loss of what the attack raises (β of a KL), for penalties that it raises beside it."""
+        return self.beta if self.attack_loss == "kl" else 1.0
+
     def __call__(
         self,
         natural: Tensor | None,

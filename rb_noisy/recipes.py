@@ -142,6 +142,8 @@ class Recipe:
             file, key = split_label_file(self.noise.removeprefix("human:"))
             object.__setattr__(self, "noise", "human")
             named = {"file": file} if key is None else {"file": file, "key": key}
+            if twice := sorted(named.keys() & self.noise_options.keys()):
+                raise InputError(f"recipe: noise and noise_options both give {', '.join(twice)}; drop one of them")
             object.__setattr__(self, "noise_options", named | self.noise_options)
         self._check_parts()
         self._fill_in()
@@ -152,8 +154,6 @@ class Recipe:
     def _fill_in(self) -> None:
         """Give the fields left out their defaults: of the method first, then of the data set."""
         defaults = dict(DATA_DEFAULTS.get(self.data, _CIFAR))
-        if self.awp_options == {} and self.objective_name == "trades" and "awp" in self.parts:
-            object.__setattr__(self, "awp_options", {"gamma": 0.005, "warmup": 10})  # Wu et al. 2020
         if (steps := self.make_objective().steps) is not None:
             eps = defaults["eps"] if self.eps is None else self.eps
             ratio = self.make_objective().alpha_ratio
@@ -167,6 +167,9 @@ class Recipe:
             decays = (max(1, self.epochs // 2), max(1, self.epochs * 3 // 4))
             object.__setattr__(self, "milestones", decays)
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.objective_name == "trades" and "awp" in self.parts:
+            own = {"gamma": 0.005, "warmup": self.epochs // 20}  # 10 of 200 epochs (Wu et al. 2020)
+            object.__setattr__(self, "awp_options", own | self.awp_options)
         epochs = {name: int(share * self.epochs) for name, share in EPOCH_SHARES.get(self.targets_name, {}).items()}
         object.__setattr__(self, "target_options", epochs | self.target_options)
 
@@ -181,6 +184,12 @@ class Recipe:
             if kinds[part] in seen:
                 raise InputError(f"method {self.method!r} has two parts of one kind, {seen[kinds[part]]} and {part}")
             seen[kinds[part]] = part
+        if self.targets_name == "kd" and (self._part("criterion") or self.objective_name in ("mart", "nrat")):
+            raise InputError(f"method {self.method!r}: kd needs the plain cross entropy of st, pgd-at or trades")
+        # One name for one method, however its parts were ordered.
+        kinds_in_order = list(PARTS)
+        parts = sorted(self.parts, key=lambda part: kinds_in_order.index(kinds[part]))
+        object.__setattr__(self, "method", "+".join([self.objective_name, *parts]))
         if self.targets_name == "adr" and self.averaging_name != "wa":
             raise InputError(f"method {self.method!r}: adr's teacher are the averaged weights; write {self.method}+wa")
 
@@ -211,6 +220,8 @@ class Recipe:
             raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
         if self.norm == "L2" and self.make_objective().start_ratio != 1:
             raise InputError(f"recipe: {self.objective_name} is defined for norm Linf only; give norm Linf")
+        if (fixed := self.make_objective().steps) is not None and self.steps != fixed:
+            raise InputError(f"recipe: steps is {self.steps} but {self.objective_name} takes {fixed}; leave steps out")
         if self.awp_options and "awp" not in self.parts:
             raise InputError(f"recipe: awp_options are given but the method {self.method!r} has no awp")
         if self.averaging_options and self.averaging_name is None:
@@ -219,6 +230,8 @@ class Recipe:
             )
         for make in (self.make_objective, self.make_targets, self.make_criterion, self.make_awp, self.make_averaging):
             make()
+        if (awp := self.make_awp()) is not None and awp.warmup >= self.epochs:
+            raise InputError(f"recipe: awp's warmup of {awp.warmup} epochs fills the run of {self.epochs}; shorten it")
 
     @property
     def objective_name(self) -> str:
@@ -273,7 +286,10 @@ class Recipe:
         What to build another recipe on: with another `epochs` the milestones then move too.
         """
         given = self.to_dict()
-        base = Recipe(data=self.data, method=self.method, epochs=self.epochs).to_dict()
+        # kd has no teacher by default, and no recipe without one.
+        needed = self.target_options if self.targets_name == "kd" else {}
+        base = Recipe(data=self.data, method=self.method, epochs=self.epochs, target_options=needed).to_dict()
+        base["target_options"] = {k: v for k, v in base["target_options"].items() if k not in needed}
         changes = {name: value for name, value in given.items() if value != base[name]}
         for name in OPTION_FIELDS:
             options = {key: value for key, value in given[name].items() if base[name].get(key) != value}
@@ -281,7 +297,10 @@ class Recipe:
         always = {"data": self.data, "method": self.method}
         if self.epochs != DATA_DEFAULTS.get(self.data, _CIFAR)["epochs"]:
             always["epochs"] = self.epochs
-        return always | changes
+        result = always | changes
+        # A field that was left out may be filled in from one that was given (the tracking step from α): name it then.
+        again = Recipe.from_dict(result).to_dict()
+        return result | {name: value for name, value in given.items() if again[name] != value}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"milestones": list(self.milestones)}

@@ -60,20 +60,34 @@ class SampleRecord:
         It needs a network that has learnt the task: what it still gets wrong counts as noise, what it has memorised
         does not. `rb_noisy.label_issues.estimate_noise_rate` does the same with the whole history.
         """
-        seen = self.prediction >= 0
+        seen = self.votes.sum(1) > 0
+        if not seen.any():
+            return 0.0
         vote, voted = self.votes[seen].max(1)
         broken = ~(self.kappa_average[seen] >= 0.5)  # NaN without an attack: the predictions alone decide
         return float(((voted != self.labels[seen]) & (vote >= PERSISTENT) & broken).float().mean())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return vars(self)
+        return dict(vars(self))
+
+    def forget_epoch(self) -> None:
+        """Before an epoch: what it does not see of a sample is not there. The running averages stay."""
+        self.kappa.fill_(-1)
+        self.prediction.fill_(-1)
+        self.loss.fill_(torch.nan)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, own in self.state_dict().items():
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise InputError(f"the per-sample record {name!r} has {found}, not {tuple(own.shape)}: other data?")
-            own.copy_(state[name])
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise InputError(f"the saved record has no {missing[0]!r}: another version wrote it; start the run over")
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+                raise InputError(f"the per-sample record {name!r} has {shapes}: other data?")
+        if not torch.equal(state["labels"].to(self.labels), self.labels):
+            raise InputError("the run was started on other labels: give back its data and label file, or start over")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 def _moved(average: Tensor, value: Tensor, new: Tensor) -> Tensor:

@@ -188,6 +188,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error
 
 
+def check_teacher(name: str) -> None:
+    """Raise `InputError` unless this can name a teacher: "average" (ADR), a run folder, or a timm name."""
+    import timm
+
+    if name != "average" and not (Path(name) / "run.json").is_file() and not timm.is_model(name):
+        raise InputError(
+            f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm; name one by "
+            "target_options.robust (and .standard)"
+        )
+
+
 def load_teacher(name: str, images: Tensor, num_classes: int) -> nn.Module:
     """The network of a run folder (final weights) or of a timm name with weights, in eval mode, without gradients.
 
@@ -201,13 +212,12 @@ def load_teacher(name: str, images: Tensor, num_classes: int) -> nn.Module:
 
     if (Path(name) / "run.json").is_file():
         model = Run.open(name).load()
-    elif timm.is_model(name):
+    else:
+        check_teacher(name)
         try:
             model = timm.create_model(name, pretrained=True)
         except (RuntimeError, OSError) as error:
             raise InputError(f"the weights of teacher {name!r} cannot be loaded ({error}); name another") from error
-    else:
-        raise InputError(f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm")
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     try:
         classes = model(images).shape[1]

@@ -64,10 +64,17 @@ def expand_grid(
             point = merge(point, {field: {option: value}} if dot else {field: value})
         points += [merge(point, dict(entry)) for entry in (entries or [{}])]
     several = len({_noise_kind(point) for point in points}) > 1
-    points = [_settle_noise(point, several) for point in points]
+    points = [_name_teachers(_settle_noise(point, several)) for point in points]
     flat = [flatten(point) for point in points]
     fields = sorted({name for point in flat for name in point}, key=_field_order)
     always = {"method", "seed", *NOISE_FIELDS[:2]}
+    if "noise_seed" not in axes and not any("noise_seed" in entry for entry in entries or []):
+        # Another seed is another repetition of the whole experiment: its labels are drawn anew too.
+        always.add("noise_seed")
+        noisy = [point for point in points if point.get("noise", "none") != "none"]
+        for point in noisy:
+            point["noise_seed"] = point.get("seed", 0)
+        flat = [flatten(point) for point in points]
     varying = [name for name in fields if name not in always and _varies(name, flat)]
     recipes: dict[str, Recipe] = {}
     for point, values in zip(points, flat, strict=True):
@@ -212,6 +219,15 @@ def _settle_noise(point: dict[str, Any], several: bool) -> dict[str, Any]:
     else:
         dropped = NOISE_FIELDS if kind == "none" or rate == 0 else ()
     return {name: value for name, value in point.items() if name not in dropped}
+
+
+def _name_teachers(point: dict[str, Any]) -> dict[str, Any]:
+    """`point` with its data set's name for {data} in the names of teachers."""
+    options = point.get("target_options")
+    if not options:
+        return point
+    named = {k: v.replace("{data}", str(point.get("data"))) if isinstance(v, str) else v for k, v in options.items()}
+    return point | {"target_options": named}
 
 
 def _varies(name: str, flat: Sequence[Mapping[str, Any]]) -> bool:

@@ -17,7 +17,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,7 @@ class _Trainer:
         if not batches:
             raise InputError(f"{len(train_index)} training samples are too few for {world} processes")
         self.targets.begin_epoch(self.record, epoch)
+        self.record.forget_epoch()
         losses, norms = [], []
         for step, batch in enumerate(batches):
             progress = epoch + step / len(batches)
@@ -172,16 +172,17 @@ class _Trainer:
             if not torch.isfinite(loss):
                 raise self._diverged(f"the loss is {loss.item()}", epoch, step)
             if self.averager is not None:
-                self.averager.after_step(self.model, (epoch + (step + 1) / len(batches)) / recipe.epochs)
+                self.averager.after_step(self.model)
             losses.append(loss)
             norms.append(norm)
             if on_batch is not None:
                 on_batch(epoch, step + 1, len(batches))
-        self._average_buffers()
+        self._average_buffers(self.model)
         if self.averager is not None:
             self.averager.after_epoch(self.model, (epoch + 1) / recipe.epochs)
             images = (self.x[batch.to(self.device)] for batch in batches)
             self.averager.refresh_statistics(x.contiguous(memory_format=torch.channels_last) for x in images)
+            self._average_buffers(self.averager.model)
         # The last step may have broken what its loss did not show yet; such weights are never saved.
         if not all(torch.isfinite(v).all() for v in self.model.state_dict().values() if v.is_floating_point()):
             raise self._diverged("the weights are no longer finite", epoch, len(batches) - 1)
@@ -215,7 +216,10 @@ class _Trainer:
             gather=self._gather,
             teach=self._teach,
         )
+        if self.targets.natural_mode(epoch) == "eval":
+            batch.guiding = self._without_gradient(self.model.eval(), x)
         self.wrapped.train()
+        self.targets.before_attack(batch, self.record)
         batch.labels = self.targets.attack_labels(self.model, batch, self.record)
         attack = self._attack(batch)
         self.optimizer.zero_grad()
@@ -247,7 +251,7 @@ class _Trainer:
             raised = ATTACK_LOSSES[objective.attack_loss]
 
             def loss(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
-                return raised(logits, natural, y) + len(y) * penalty(logits)
+                return objective.attack_weight * raised(logits, natural, y) + len(y) * penalty(logits)
 
         attack = pgd(
             self.model,
@@ -277,20 +281,16 @@ class _Trainer:
 
     def _forward(self, batch: Batch, attack: AttackResult | None, network: nn.Module) -> tuple[Assignment, Tensor]:
         """All passes of the batch, what it is trained towards, and the loss; the record learns of it."""
-        mode, guiding = self.targets.natural_mode(batch.epoch), None
-        if mode == "eval":
-            guiding = self._without_gradient(self.model.eval(), batch.x)
-            self.wrapped.train()
         self._passes(batch, network)
-        if mode == "train" and not self.objective.uses_natural:
-            guiding = self._without_gradient(network, batch.x)
+        if self.targets.natural_mode(batch.epoch) == "train" and not self.objective.uses_natural:
+            batch.guiding = self._without_gradient(network, batch.x)
         with torch.no_grad():
             logits = batch.natural if batch.adversarial is None else batch.adversarial
             per_sample = F.cross_entropy(logits.float(), batch.y, reduction="none")
             kappa, prediction = (None, None) if attack is None else (attack.kappa, attack.start_prediction)
             seen = (batch.index, kappa, per_sample, logits.argmax(1) if prediction is None else prediction)
             self.record.observe(*(None if value is None else self._gather(value) for value in seen))
-            assignment = self.targets(batch if guiding is None else replace(batch, natural=guiding), self.record)
+            assignment = self.targets(batch, self.record)
         return assignment, self._loss(batch, assignment)
 
     @torch.no_grad()
@@ -301,12 +301,15 @@ class _Trainer:
         loss = self.objective(batch.natural, batch.adversarial, assignment.target, assignment.weight, self.criterion)
         return loss if assignment.penalty is None else loss + assignment.penalty(batch.supervised)
 
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
+    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
         """Of the loss by every parameter, the mean over the processes."""
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        parameters = list(self.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+        gradients = [found.get(p) for p in parameters]
         if self.accelerator.num_processes > 1:
-            gradients = [self.accelerator.reduce(g, reduction="mean") for g in gradients]
-        return list(gradients)
+            gradients = [g if g is None else self.accelerator.reduce(g, reduction="mean") for g in gradients]
+        return gradients
 
     @torch.no_grad()
     def _teach(self, name: str, x: Tensor) -> Tensor:
@@ -315,10 +318,9 @@ class _Trainer:
     def _gather(self, tensor: Tensor) -> Tensor:
         return self.accelerator.gather(tensor) if self.accelerator.num_processes > 1 else tensor
 
-    def _average_buffers(self) -> None:
+    def _average_buffers(self, model: nn.Module) -> None:
         if self.accelerator.num_processes > 1:
-            averaged = () if self.averager is None else self.averager.model.buffers()
-            for buffer in (*self.model.buffers(), *averaged):
+            for buffer in model.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 

@@ -149,8 +149,8 @@ class Averager:
         """Whether `model` is an average yet, not a copy of the plain weights."""
         return bool(self._average.n_averaged > 0)
 
-    def after_step(self, model: nn.Module, progress_share: float) -> None:
-        """WA's update. `progress_share` is the share of the run that is done, 0..1; WA runs over all of it."""
+    def after_step(self, model: nn.Module) -> None:
+        """WA's update; SWA waits for the end of the epoch."""
         if isinstance(self.rule, WeightAverage):
             self._average.update_parameters(model)
 

@@ -57,23 +57,32 @@ def test_temporal_ensembling_penalises_the_mean_squared_distance_from_the_normal
     record = record_of(targets, y)
     assert targets.natural_mode(1) is None
     assert targets.natural_mode(2) == "eval"
-    assert targets(batch_of(y, natural, adversarial, epoch=1), record).penalty is None
-    assigned = targets(batch_of(y, natural, adversarial, epoch=3), record)
+
+    def assign(guiding, epoch):
+        batch = batch_of(y, None, adversarial, epoch=epoch, guiding=guiding)
+        targets.before_attack(batch, record)
+        before = targets.penalty(batch, record)  # what the attack raises
+        assigned = targets(batch, record)
+        assert (before is None) == (assigned.penalty is None)
+        assert before is None or before(adversarial) == assigned.penalty(adversarial)
+        return assigned
+
+    assert assign(None, 1).penalty is None
+    assigned = assign(natural, 3)
     assert torch.equal(assigned.target, F.one_hot(y, K).float())
     # One update from zero, divided by its sum, is the prediction itself; half of the ramp is exp(-5/4).
     mean = ((adversarial.softmax(1) - natural.softmax(1)) ** 2).mean()
     expected = 300 * math.exp(-5 * 0.25) * mean
     assert assigned.penalty(adversarial).item() == pytest.approx(expected.item(), rel=1e-5)
-    later = targets(batch_of(y, adversarial, adversarial, epoch=9), record)
+    later = assign(adversarial, 9)
     average = (0.9 * 0.1 * natural.softmax(1) + 0.1 * adversarial.softmax(1)) / 0.19
     expected = 300 * ((adversarial.softmax(1) - average) ** 2).mean()
     assert later.penalty(adversarial).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_temporal_ensembling_draws_nothing_towards_a_prediction_it_does_not_have(logits, y):
-    targets = make_targets("te")
-    penalty = targets.penalty(batch_of(y), record_of(targets, y))
-    assert penalty(logits[0]) == 0
+def test_temporal_ensembling_cannot_end_its_ramp_before_it_starts():
+    with pytest.raises(InputError, match="ramp_end is 4, before start_epoch 9"):
+        make_targets("te", start_epoch=9, ramp_end=4)
 
 
 def test_elr_rewards_agreement_with_the_early_average(logits, y):
@@ -107,6 +116,9 @@ def test_distillation_is_the_weighted_cross_entropy_to_label_and_teachers(logits
     x_adv = torch.ones(B, 1, 2, 2)
     assigned = targets(batch_of(y, None, student, teach=teach, x_adv=x_adv), record_of(targets, y))
     assert all(x is x_adv for x in images)
+    natural = batch_of(y, student, other, teach=teach, x_adv=x_adv, supervises="natural")
+    targets(natural, record_of(targets, y))
+    assert all(x is natural.x for x in images[2:]), "where x is supervised the teachers see x"
     loss = -(assigned.target * student.log_softmax(1)).sum(1).mean() + assigned.penalty(student)
     hard = F.cross_entropy(student, y)
     soft = [-((z / 2).softmax(1) * (student / 2).log_softmax(1)).sum(1).mean() for z in (other, -other)]
@@ -178,6 +190,27 @@ def test_running_kappa_and_loss_forget_old_epochs():
     assert record.kappa_average[1].item() == pytest.approx(10 * MEMORY**2)
     assert record.loss_average[1].item() == pytest.approx(10 * MEMORY**2)
     assert record.kappa_average[0].isnan()
+    record.forget_epoch()
+    assert record.kappa.tolist() == record.prediction.tolist() == [-1, -1]
+    assert record.loss.isnan().all()
+    assert record.kappa_average[1].item() == pytest.approx(10 * MEMORY**2)
+
+
+def test_the_noise_rate_counts_samples_with_one_persistent_other_prediction():
+    y = torch.tensor([0, 0, 0, 0, 0])
+    record = SampleRecord(y, 3)
+    assert record.estimate_noise_rate() == 0
+    index = torch.arange(4)  # the fifth is never trained on
+    for predictions in ([1, 1, 0, 0], [1, 1, 0, 0], [1, 2, 0, 1]):
+        record.observe(index, torch.tensor([0, 0, 3, 0]), torch.ones(4), torch.tensor(predictions))
+    assert record.estimate_noise_rate() == pytest.approx(1 / 4)
+
+
+def test_a_run_does_not_go_on_with_other_labels():
+    record, other = SampleRecord(torch.tensor([0, 1]), 2), SampleRecord(torch.tensor([1, 1]), 2)
+    with pytest.raises(InputError, match="started on other labels"):
+        other.load_state_dict(record.state_dict())
+    assert other.labels.tolist() == [1, 1]
 
 
 def seen_record(y, history, targets):

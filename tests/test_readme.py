@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 
+import model_zoo
 from eval.leaderboard import leaderboard_rows, render_markdown
+from eval.report import collect_runs, nl_report, sglr_report
+from eval.report import render_markdown as render_report
 from model_zoo.registry import read_cards
 
 README = Path(__file__).parents[1] / "README.md"
+STUDIES = Path(model_zoo.__file__).parent / "studies"
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="the README is in the repository, not in the package")
 
@@ -35,3 +39,13 @@ def test_both_set_up_commands_are_there():
     assert first.endswith("-m eval --model sglr_digits --batch-size 540")
     assert second.startswith("python3 -m venv")
     assert second.endswith("pytest")
+
+
+# The columns in which the README shows each study that ships its metrics.
+COLUMNS = {"digits-methods": sglr_report, "mnist-noise": nl_report}
+
+
+@pytest.mark.parametrize("study", sorted(path.name for path in STUDIES.glob("*") if path.is_dir()))
+def test_the_tables_of_the_studies_are_those_of_the_shipped_metrics(study):
+    table = render_report(COLUMNS[study](collect_runs([STUDIES / study])))
+    assert table.strip() in README.read_text(encoding="utf-8")

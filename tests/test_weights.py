@@ -111,7 +111,7 @@ def test_wa_matches_a_literal_running_average_statistics_included():
     expected, decays = None, [0.1, 2 / 11, 3 / 12, 0.3, 0.3]  # min(0.3, (1+t)/(10+t)); 4/13 is above 0.3
     for t, decay in enumerate(decays):
         step(model, t)
-        averager.after_step(model, t / 5)
+        averager.after_step(model)
         now = {k: v.double() for k, v in snapshot(model).items()}
         expected = now if t == 0 else {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
     averager.after_epoch(model, 1.0)
@@ -135,8 +135,8 @@ def test_wa_copies_what_cannot_be_averaged_and_keeps_constants_exact():
 
     model = WithTables()
     averager = Averager(model, WeightAverage(decay=0.9))
-    for t in range(7):
-        averager.after_step(model, t / 7)
+    for _ in range(7):
+        averager.after_step(model)
     assert same(averager.model.state_dict(), model.state_dict())
 
 
@@ -146,7 +146,7 @@ def test_swa_is_the_equal_average_of_the_epoch_ends_from_its_start_on():
     ends = []
     for epoch in range(1, 7):
         step(model, epoch)
-        averager.after_step(model, epoch / 6)
+        averager.after_step(model)
         averager.after_epoch(model, epoch / 6)
         ends.append(snapshot(model))
         assert averager.started == (epoch >= 3)
@@ -190,7 +190,7 @@ def test_an_averager_resumed_anywhere_goes_on_bit_by_bit(rule):
         for epoch in epochs:
             for t in range(2):
                 step(model, 10 * epoch + t)
-                averager.after_step(model, epoch / 6)
+                averager.after_step(model)
             averager.after_epoch(model, (epoch + 1) / 6)
             averager.refresh_statistics([batch(epoch)[0]])
 
@@ -214,7 +214,7 @@ def test_the_averaged_network_is_apart_from_the_trained_one():
     for make in AVERAGING.values():
         model = net().train()
         averager = Averager(model, make())
-        averager.after_step(model, 0.1)
+        averager.after_step(model)
         averager.after_epoch(model, 1.0)
         assert averager.model[0].weight.is_contiguous(memory_format=torch.channels_last)
         before = snapshot(averager.model)

@@ -48,6 +48,7 @@ def sweep(
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train every recipe of a grid; the same command goes on where it was interrupted."""
+    from rb_noisy.runs import check_teacher
     from rb_noisy.sweep import Outcome, expand_grid, find_runs, run_sweep
 
     # The seed first, so that it changes last and the whole grid is seen once before any of it again.
@@ -64,9 +65,11 @@ def sweep(
         texts = [f"{name}={text}" for name, text in named.items() if text is not None]
         axes, entries = parse_axes([*texts, *(settings or [])]), None
         if grid is not None:
-            named_grid = read_grid(grid, axes.get("data", [""])[0])
+            named_grid = read_grid(grid)
             axes, entries = {**named_grid.axes, **axes}, named_grid.recipes
         recipes = expand_grid(axes, entries)
+        for teacher in {teacher for recipe in recipes.values() for teacher in recipe.make_targets().teachers}:
+            check_teacher(teacher)
         found = find_runs(recipes, out)
         if dry_run:
             for name, run in found.items():
@@ -126,15 +129,15 @@ def split_values(text: str, name: str) -> list[str]:
     return values
 
 
-def read_grid(name: str, data: str) -> Grid:
-    """The recipes of a --grid file, or of a named study on a data set."""
+def read_grid(name: str) -> Grid:
+    """The recipes of a --grid file, or of a named study."""
     from rb_noisy.studies import Grid, studies, study
 
     file = Path(name)
     if not file.is_file():
         if file.suffix == ".json":
             raise InputError(f"--grid {file} is no file; name a JSON list of recipes, or one of {', '.join(studies())}")
-        return study(name, data)
+        return study(name)
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -22,12 +22,13 @@ class Batch:
         index: (B,) rows of the batch in the training set.
         x: (B, C, H, W) images. y: (B,) given labels. hard: (B, K) the same, one-hot.
         epoch: counted from 0. share: how much of the run is done, 0..1.
-        x_adv, natural, adversarial: the attacked images, and the (B, K) logits on x and on x̃; None before they are
-            computed, and where the method computes none.
+        guiding: (B, K) logits on x of the pass that only the target needs (`natural_mode`); without a gradient.
+        x_adv, natural, adversarial: the attacked images, and the (B, K) logits on x and on x̃ of the passes that are
+            trained. Each is None before it is computed, and where the method computes none.
         gather: collects a (B, …) tensor over processes, so that every process keeps the whole record.
         teach: (teacher's name, images) → its (B, K) logits, without a gradient.
         supervises: which of the two passes the objective trains towards the target, "natural" or "adversarial".
-        eps, alpha, norm: the training attack's ball and step, for targets that measure κ themselves.
+        eps, alpha, steps, norm: the training attack, for targets that measure κ themselves or normalise it.
         draws: the CPU generator of random starts.
         labels: (B,) what the attack moves away from, once `attack_labels` has chosen it.
     """
@@ -39,6 +40,7 @@ class Batch:
     epoch: int
     share: float
     labels: Tensor | None = None
+    guiding: Tensor | None = None
     x_adv: Tensor | None = None
     natural: Tensor | None = None
     adversarial: Tensor | None = None
@@ -55,6 +57,11 @@ class Batch:
     def supervised(self) -> Tensor:
         """The logits that are trained towards the target."""
         return self.natural if self.supervises == "natural" else self.adversarial
+
+    @property
+    def on_natural(self) -> Tensor | None:
+        """Logits on x, of the guiding pass where there is one."""
+        return self.natural if self.guiding is None else self.guiding
 
 
 Penalty = Callable[[Tensor], Tensor]
@@ -83,6 +90,9 @@ class Targets:
 
     def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
         """Called before every epoch, on every process."""
+
+    def before_attack(self, batch: Batch, record: SampleRecord) -> None:
+        """Called before the attack, after a guiding pass in eval mode."""
 
     def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
         """(B,) the labels that the attack moves away from; called before the attack."""

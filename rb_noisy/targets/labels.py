@@ -101,7 +101,7 @@ class SelfGuided(Targets):
     @torch.no_grad()
     def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
         if batch.epoch >= self.averages_from:
-            mix = self.mix(batch.natural, batch.adversarial)
+            mix = self.mix(batch.on_natural, batch.adversarial)
             record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
         if batch.epoch < self.start_epoch:
             return Assignment(batch.hard)

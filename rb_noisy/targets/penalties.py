@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets.base import Assignment, Batch, Penalty, Targets, check_at_least, check_fraction, softmax
 
@@ -15,9 +16,9 @@ from rb_noisy.targets.base import Assignment, Batch, Penalty, Targets, check_at_
 class TemporalEnsembling(Targets):
     """Temporal ensembling for AT (Dong et al. 2022, as their code does it): the hard label, and w·mean((p − p̂)²).
 
-    p̂ is the running average of the *natural* prediction in eval mode, from a zero start, divided by its row sum. The
-    mean is over batch and classes; w = weight·exp(−5(1−t)²), t from 0 at `start_epoch` to 1 at `ramp_end`. The attack
-    raises the penalty too.
+    p̂ is the running average of the *natural* prediction in eval mode, from a zero start, divided by its row sum; it is
+    updated before the attack, which raises the penalty too. The mean is over batch and classes;
+    w = weight·exp(−5(1−t)²), t from 0 at `start_epoch` to 1 at `ramp_end`.
     """
 
     weight: float = 300.0
@@ -30,7 +31,9 @@ class TemporalEnsembling(Targets):
 
     def __post_init__(self) -> None:
         check_fraction(momentum=self.momentum)
-        check_at_least(0, weight=self.weight, start_epoch=self.start_epoch, ramp_end=self.ramp_end)
+        check_at_least(0, weight=self.weight, start_epoch=self.start_epoch)
+        if self.ramp_end < self.start_epoch:
+            raise InputError(f"ramp_end is {self.ramp_end}, before start_epoch {self.start_epoch}; give a later epoch")
 
     def natural_mode(self, epoch: int) -> str | None:
         return "eval" if epoch >= self.start_epoch else None
@@ -45,15 +48,14 @@ class TemporalEnsembling(Targets):
         if batch.epoch < self.start_epoch:
             return None
         average = record.average[batch.index]
-        total = average.sum(1, keepdim=True)
-        # Until its first average a sample has no p̂ to be drawn to.
-        known, average = (total > 0).float(), average / total.clamp_min(1e-12)
-        return lambda logits: self.ramp(batch.epoch) * (known * (logits.float().softmax(1) - average) ** 2).mean()
+        average = average / average.sum(1, keepdim=True)
+        return lambda logits: self.ramp(batch.epoch) * (logits.float().softmax(1) - average).square().mean()
+
+    def before_attack(self, batch: Batch, record: SampleRecord) -> None:
+        if batch.guiding is not None:
+            record.update_average(batch.gather(batch.index), batch.gather(softmax(batch.guiding)), self.momentum)
 
     def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
-        if batch.epoch >= self.start_epoch:
-            p = softmax(batch.natural)
-            record.update_average(batch.gather(batch.index), batch.gather(p), self.momentum)
         return Assignment(batch.hard, penalty=self.penalty(batch, record))
 
 

@@ -14,7 +14,7 @@ from rb_noisy.targets.base import Assignment, Batch, Targets, check_fraction, ch
 
 @dataclass(frozen=True)
 class Distillation(Targets):
-    """Distillation from teachers on x̃ (on x in standard training): hard_weight·CE + Σ weight·CE(p_teacher, p).
+    """Distillation: the cross entropy's share + Σ weight·CE(p_teacher, p), on x̃ or on x, whichever is supervised.
 
     KD-AT with a robust teacher alone; with a standard one beside it the loss of KD-SWA (Chen et al. 2021, as their
     code does it: 0.3, 0.6 and 0.1, T = 2, without the factor T²). CE to the teacher is KL from it but for a constant.
@@ -46,7 +46,7 @@ class Distillation(Targets):
         return {name: weight for name, weight in both.items() if name is not None}
 
     def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
-        x = batch.x if batch.x_adv is None else batch.x_adv
+        x = batch.x if batch.supervises == "natural" else batch.x_adv
         taught = {name: softmax(batch.teach(name, x), self.temperature) for name in self.teachers}
         weights = self._weights()
 
@@ -54,7 +54,7 @@ class Distillation(Targets):
             log_p = (logits.float() / self.temperature).log_softmax(1)
             return sum(-weights[name] * (p * log_p).sum(1).mean() for name, p in taught.items())
 
-        # The criterion's weight falls to the hard label's share.
+        # The cross entropy is linear in its target: this is the hard label's share of it.
         return Assignment(batch.hard * (1 - sum(weights.values())), penalty=penalty)
 
 

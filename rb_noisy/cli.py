@@ -16,7 +16,7 @@ from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.errors import InputError
 
 app = typer.Typer(
-    help="Adversarial training when labels are wrong: train, publish into the zoo, list the zoo.",
+    help="Adversarial training when labels are wrong: train, sweep, find wrong labels, annotate, publish.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )

@@ -121,6 +121,25 @@ class Run:
         return model.eval()
 
 
+def check_folder(path: Path, recipe: Recipe, resume: bool) -> bool:
+    """Whether the run folder is yet to be begun.
+
+    Raises:
+        InputError: it holds a run that is not to be resumed, or one of another recipe.
+    """
+    if not (path / "run.json").exists():
+        return True
+    if not resume:
+        raise InputError(f"{path} already holds a run; continue it with --resume, or name another folder")
+    found = Run.open(path).recipe.to_dict()
+    if differing := [name for name, value in recipe.to_dict().items() if found.get(name) != value]:
+        raise InputError(
+            f"{path} holds a run of another recipe ({', '.join(differing)} differ); "
+            "resume with the recipe of its run.json, or name another folder"
+        )
+    return False
+
+
 def history_file(path: Path, epoch: int) -> Path:
     """Where a run folder keeps what an epoch (from 0) showed of every training sample."""
     return path / "history" / f"{epoch:04d}.safetensors"

@@ -31,7 +31,16 @@ from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
-from rb_noisy.runs import Run, history_file, load_groups, load_teacher, read_metrics, save_tensors, save_weights
+from rb_noisy.runs import (
+    Run,
+    check_folder,
+    history_file,
+    load_groups,
+    load_teacher,
+    read_metrics,
+    save_tensors,
+    save_weights,
+)
 from rb_noisy.targets import Assignment, Batch
 from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
@@ -345,33 +354,13 @@ class _Trainer:
 
     def _begin(self, resume: bool) -> tuple[int, float]:
         """Write `run.json`, or take up the run that is there: the first epoch to do, and the best score so far."""
-        description = self.path / "run.json"
-        fresh = not description.exists()
+        fresh = check_folder(self.path, self.recipe, resume)
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
-        if fresh:
-            if self.accelerator.is_main_process:
-                write_json(
-                    description,
-                    {
-                        "recipe": self.recipe.to_dict(),
-                        "model_options": self.model_options,
-                        "class_names": self.class_names,
-                    },
-                )
-            return 0, -math.inf
-        if not resume:
-            raise InputError(f"{self.path} already holds a run; continue it with --resume, or name another folder")
-        found = Run.open(self.path).recipe.to_dict()
-        differing = [name for name, value in self.recipe.to_dict().items() if found.get(name) != value]
-        if differing:
-            raise InputError(
-                f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
-                "resume with the recipe of its run.json, or name another folder"
-            )
+        if fresh and self.accelerator.is_main_process:
+            about = {"model_options": self.model_options, "class_names": self.class_names}
+            write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
         state = self.path / "state.safetensors"
-        if not state.exists():
-            return 0, -math.inf
-        return self._restore(state)
+        return (0, -math.inf) if fresh or not state.exists() else self._restore(state)
 
     def _save(self, epoch: int, metrics: dict[str, Any]) -> None:
         if metrics["selection_pgd_acc"] > self.best:

@@ -456,9 +456,10 @@ def test_bf16_and_any_timm_network_train(tiny_recipe, tmp_path):
     assert run.load()(torch.rand(2, 1, 8, 8)).shape == (2, 4)
 
 
-def test_two_processes_train_one_model(tiny_recipe, tmp_path):
+@pytest.mark.parametrize("method", ["trades+sglr", "pgd-at+kgr+awp+wa"])
+def test_two_processes_train_one_model(method, tiny_recipe, tmp_path):
     """Whole, and stopped after an epoch and resumed: the same weights; each process has seen the samples of both."""
-    recipe = tiny_recipe(method="trades+sglr", batch_size=16, epochs=3)
+    recipe = tiny_recipe(method=method, batch_size=16, epochs=3)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     (tmp_path / "program.py").write_text(
         "import os, sys, time, torch\nfrom pathlib import Path\nfrom rb_noisy import Recipe\n"
@@ -468,7 +469,8 @@ def test_two_processes_train_one_model(tiny_recipe, tmp_path):
         "def stop(line):\n    if len(sys.argv) > 2: os._exit(9)\n"
         "trainer = _Trainer(recipe, Path(sys.argv[1]), True, None)\n"
         "trainer.run(None, stop)\n"
-        "state = torch.cat([v.double().flatten() for v in trainer.model.state_dict().values()])[None]\n"
+        "states = (trainer.model.state_dict(), trainer.evaluated.state_dict(), {'votes': trainer.record.votes})\n"
+        "state = torch.cat([v.double().flatten() for part in states for v in part.values()])[None]\n"
         "both = trainer.accelerator.gather(state)\n"
         "assert len(both) == 2 and torch.equal(both[0], both[1]), 'the processes have drifted apart'\n"
     )

@@ -301,7 +301,8 @@ def _text(name: str, value: Any) -> str:
 
 
 def _noise(recipe: Recipe) -> str:
-    return recipe.noise if recipe.noise_rate is None else f"{recipe.noise} {recipe.noise_rate:g}"
+    bare = recipe.noise == "none" or recipe.noise_rate is None
+    return recipe.noise if bare else f"{recipe.noise} {recipe.noise_rate:g}"
 
 
 def _span(counts: Iterable[int]) -> str:

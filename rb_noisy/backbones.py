@@ -215,7 +215,7 @@ class StridedCNN(nn.Module):
         if side < 1 or width < 1:
             raise InputError(f"strided_cnn needs img_size >= 4 and width >= 1, not {img_size} and {width}")
         channels = (16 * width, 32 * width)
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, channels[1], 100 * width
+        self.num_classes, self.num_features, self.head_hidden_size = num_classes, 100 * width, 100 * width
         self.normalize = Normalize(in_chans, mean, std)
         self.stages = nn.Sequential(
             nn.Sequential(nn.Conv2d(in_chans, channels[0], 4, 2, 1), nn.ReLU()),

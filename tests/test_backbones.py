@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from rb_noisy.backbones import BACKBONES, build_backbone
+from rb_noisy.backbones import BACKBONES, FIXED_SIZE, build_backbone
 from rb_noisy.errors import InputError
 
 
@@ -20,6 +20,7 @@ def parameters(model):
         ("wrn_32_10", 46.2),
         ("wrn_34_10", 46.2),
         ("small_cnn", 0.312),
+        ("strided_cnn", 0.166),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, millions):
@@ -31,7 +32,7 @@ def test_parameter_counts_are_the_published_ones(name, millions):
 
 @pytest.mark.parametrize("name", [n for n in BACKBONES if "wrn" not in n])
 def test_a_backbone_is_a_timm_model_with_access_to_its_features(name):
-    side = 28 if name == "small_cnn" else 16
+    side = 28 if name in FIXED_SIZE else 16
     model = timm.create_model(name, num_classes=7, in_chans=2).eval()
     x = torch.rand(3, 2, side, side)
     features = model.forward_features(x)

@@ -246,7 +246,7 @@ def test_the_evaluation_tabulates_scores_and_compares_kappa_with_the_loss(noisy_
     result = call(evaluation.main, noisy_digits.path, "--format", "markdown", "--json", file)
     assert result.exit_code == 0, result.output
     assert result.output.count("| digits |") == 3
-    assert "digits, pgd-at, 8 epochs, symmetric 0.2, by history:" in result.output
+    assert "digits, pgd-at, preact_resnet8_narrow, 8 epochs, symmetric 0.2, by history:" in result.output
     table = json.loads(file.read_text())
     for row in table["rows"]:
         low, high = row["auroc"]["interval"]

@@ -49,9 +49,12 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_and_compose(method, tiny_recipe, tmp_path):
     # A schedule that starts at epoch 90 of 200 must start within a short run too.
-    run = train(tiny_recipe(method=method, epochs=3), tmp_path / "run")
+    fast = {"steps": None, "alpha": None} if "fgsm" in method else {}
+    run = train(tiny_recipe(method=method, epochs=3, **fast), tmp_path / "run")
     losses = [line["train_correct_loss"] for line in run.metrics]
-    assert min(losses[1:]) < losses[0], "the loss itself may hold a penalty that grows"
+    # Not the loss that is minimised, which may hold a penalty that grows. The annotator trusts a network of one epoch
+    # here, and re-labels by it.
+    assert min(losses[1:]) < losses[0] or "annotator" in method
     assert run.finished
     assert all(v.isfinite().all() for v in weights(run).values() if v.is_floating_point())
 

@@ -21,9 +21,8 @@ from model_zoo.registry import dataset_label, eps_label, read_results, results_f
 from rb_noisy.console import console, errors, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256
-from rb_noisy.recipes import Recipe
+from rb_noisy.recipes import Recipe, flatten
 from rb_noisy.runs import CHECKPOINTS, Run
-from rb_noisy.sweep import flatten
 
 SEEDS = ("seed", "noise_seed")  # runs that differ only in these are repetitions of one another
 # What a published figure carries: in the caption where it is the same for all rows, a column where it is not.

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rb_noisy.commands.annotate import annotate
 from rb_noisy.commands.label_issues import label_issues
-from rb_noisy.commands.settings import merge, parse_settings
+from rb_noisy.commands.settings import parse_settings
 from rb_noisy.commands.sweep import sweep
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.errors import InputError
@@ -55,7 +55,7 @@ def train(
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
-    from rb_noisy.recipes import Recipe
+    from rb_noisy.recipes import Recipe, merge
     from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
 

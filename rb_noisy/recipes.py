@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,10 +155,10 @@ class Recipe:
     def _fill_in(self) -> None:
         """Give the fields left out their defaults: of the method first, then of the data set."""
         defaults = dict(DATA_DEFAULTS.get(self.data, _CIFAR))
-        if (steps := self.make_objective().steps) is not None:
+        objective = self.make_objective()
+        if objective.steps is not None:
             eps = defaults["eps"] if self.eps is None else self.eps
-            ratio = self.make_objective().alpha_ratio
-            defaults |= {"steps": steps, "alpha": ratio * eps, "track_alpha": eps / 4}
+            defaults |= {"steps": objective.steps, "alpha": objective.alpha_ratio * eps, "track_alpha": eps / 4}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -218,17 +219,20 @@ class Recipe:
                 raise unknown_name(f"{name} in the recipe", str(getattr(self, name)), known)
         if not 0 <= self.eps_warmup <= 1:
             raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
-        if self.norm == "L2" and self.make_objective().start_ratio != 1:
+        objective = self.make_objective()
+        if self.norm == "L2" and objective.start_ratio != 1:
             raise InputError(f"recipe: {self.objective_name} is defined for norm Linf only; give norm Linf")
-        if (fixed := self.make_objective().steps) is not None and self.steps != fixed:
-            raise InputError(f"recipe: steps is {self.steps} but {self.objective_name} takes {fixed}; leave steps out")
+        if objective.steps not in (None, self.steps):
+            raise InputError(
+                f"recipe: steps is {self.steps} but {self.objective_name} takes {objective.steps}; leave steps out"
+            )
         if self.awp_options and "awp" not in self.parts:
             raise InputError(f"recipe: awp_options are given but the method {self.method!r} has no awp")
         if self.averaging_options and self.averaging_name is None:
             raise InputError(
                 f"recipe: averaging_options are given but the method {self.method!r} has neither wa nor swa"
             )
-        for make in (self.make_objective, self.make_targets, self.make_criterion, self.make_awp, self.make_averaging):
+        for make in (self.make_targets, self.make_criterion, self.make_awp, self.make_averaging):
             make()
         if (awp := self.make_awp()) is not None and awp.warmup >= self.epochs:
             raise InputError(f"recipe: awp's warmup of {awp.warmup} epochs fills the run of {self.epochs}; shorten it")
@@ -329,6 +333,23 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, option by option."""
+    both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | changes | both
+
+
+def flatten(point: Mapping[str, Any]) -> dict[str, Any]:
+    """{"lr": 0.1, "target_options": {"r": 0.4}} → {"lr": 0.1, "target_options.r": 0.4}."""
+    flat: dict[str, Any] = {}
+    for name, value in point.items():
+        if name in OPTION_FIELDS and isinstance(value, dict):
+            flat |= {f"{name}.{option}": setting for option, setting in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _as_json(name: str, options: dict[str, Any]) -> dict[str, Any]:

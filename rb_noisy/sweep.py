@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rb_noisy.commands.settings import merge
 from rb_noisy.errors import InputError
 from rb_noisy.files import write_json
-from rb_noisy.recipes import OPTION_FIELDS, Recipe
+from rb_noisy.recipes import Recipe, flatten, merge
 from rb_noisy.runs import Run
 
 NOISE_FIELDS = ("noise", "noise_rate", "noise_seed", "noise_options")
@@ -234,17 +233,6 @@ def _varies(name: str, flat: Sequence[Mapping[str, Any]]) -> bool:
     """Whether points differ in a field; the other fields of a noise only among those that have noise."""
     points = [point for point in flat if point.get("noise", "none") != "none"] if name.startswith("noise_") else flat
     return len({repr(point.get(name)) for point in points}) > 1
-
-
-def flatten(point: Mapping[str, Any]) -> dict[str, Any]:
-    """{"lr": 0.1, "target_options": {"r": 0.4}} → {"lr": 0.1, "target_options.r": 0.4}."""
-    flat: dict[str, Any] = {}
-    for name, value in point.items():
-        if name in OPTION_FIELDS and isinstance(value, dict):
-            flat |= {f"{name}.{option}": setting for option, setting in value.items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _field_order(name: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Recipe fields from the command line: FIELD=VALUE settings, and how they go over a base."""
+"""Recipe fields from the command line: FIELD=VALUE settings."""
 
 from __future__ import annotations
 
@@ -25,9 +25,3 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         else:
             values[outer] = value
     return values
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, option by option."""
-    both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | changes | both

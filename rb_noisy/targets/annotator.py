@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import kappa
+from rb_noisy.attacks import in_mode, kappa
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets.base import Assignment, Batch, Targets, check_at_least, check_fraction
 
@@ -55,9 +55,8 @@ class Annotator(Targets):
             seed=int(torch.randint(2**62, (), generator=batch.draws)),
             batch_size=len(batch.y),
         )
-        training = model.training
-        logits = model.eval()(batch.x).float()
-        model.train(training)
+        with in_mode(model, "eval"):
+            logits = model(batch.x).float()
         loss = F.cross_entropy(logits, batch.y, reduction="none")
         great = loss > torch.quantile(loss, 1 - rate)
         return torch.where((geometry < self.kappa_threshold) & great, logits.argmax(1), batch.y)

@@ -11,6 +11,7 @@ from rb_noisy.errors import InputError
 MEMORY = 0.7  # of the running averages: about the last three epochs
 # An other label that has this running share of the predictions is taken for the prediction.
 PERSISTENT = 0.75
+_TINY = 1e-6
 
 
 class SampleRecord:
@@ -24,9 +25,10 @@ class SampleRecord:
             attacks, else on x), NaN before the first (large = suspicious).
         prediction: (N,) int64, the predicted label of the last attack's random start (of x where the method does not
             attack), −1 before the first: what the network takes the sample for, which x̃ would not say.
-        kappa_average, loss_average: (N,) float32, running averages of both over the epochs, NaN before the first.
+        kappa_average: (N,) float32, running average of κ over the epochs, NaN before the first.
         votes: (N, K) float32, running average of the one-hot predictions, zero before the first.
         noise_rate: () float32, the share of wrong labels that a target estimated, 0 before.
+        transition: (K, K) float32, the label transition matrix T(true, given) by `judge`, the identity before.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, start_average: str = "onehot"):
@@ -35,15 +37,15 @@ class SampleRecord:
         self.kappa = torch.full_like(labels, -1)
         self.prediction = torch.full_like(labels, -1)
         self.loss = torch.full_like(labels, torch.nan, dtype=torch.float32)
-        self.kappa_average, self.loss_average = self.loss.clone(), self.loss.clone()
+        self.kappa_average = self.loss.clone()
         self.votes = torch.zeros_like(self.average)
         self.noise_rate = torch.tensor(0.0, device=labels.device)
+        self.transition = torch.eye(num_classes, device=labels.device)
 
     def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
         """Enter what a training pass showed of the samples in `index`, each (B,)."""
         self.loss[index], self.prediction[index] = loss, prediction
-        new = self.loss_average[index].isnan()
-        self.loss_average[index] = _moved(self.loss_average[index], loss, new)
+        new = self.votes[index].sum(1) == 0
         vote = F.one_hot(prediction, self.votes.shape[1]).float()
         self.votes[index] = _moved(self.votes[index], vote, new[:, None])
         if kappa is not None:
@@ -53,6 +55,35 @@ class SampleRecord:
     def update_average(self, index: Tensor, mix: Tensor, momentum: float) -> None:
         """p̄ ← α·p̄ + (1−α)·mix for the rows in `index` [SGLR eq. 8]."""
         self.average[index] = momentum * self.average[index] + (1 - momentum) * mix.to(self.average)
+
+    @torch.no_grad()
+    def judge(self, iterations: int = 20) -> None:
+        """Estimate the label transition matrix and the noise rate by expectation maximisation, p̄ every sample's prior.
+
+        E: qᵢ(k) ∝ p̄ᵢ(k)·T(k, ỹᵢ); M: T(k, j) ∝ Σ qᵢ(k)·[ỹᵢ = j] (Dawid & Skene 1979, with a classifier's prior).
+        Samples that training has not seen do not count.
+        """
+        seen = self.votes.sum(1) > 0  # of the others p̄ is but the given label
+        if not seen.any():
+            return
+        average, labels = self.average[seen], self.labels[seen]
+        given = F.one_hot(labels, average.shape[1]).to(average)
+        joint = average
+        for _ in range(iterations + 1):
+            posterior = joint / joint.sum(1, keepdim=True).clamp_min(_TINY)
+            transition = posterior.T @ given
+            transition = transition / transition.sum(1, keepdim=True).clamp_min(_TINY)
+            joint = average * transition[:, labels].T
+        self.transition.copy_(transition)
+        right = joint.gather(1, labels[:, None])[:, 0] / joint.sum(1).clamp_min(_TINY)
+        self.noise_rate.copy_(1 - right.mean())
+
+    def contradiction(self, index: Tensor) -> Tensor:
+        """(B,) 0..1, (1 − q)/(1 − p̄(ỹ)), q the probability of the given label by p̄ and T: how far p̄ contradicts it."""
+        average, labels = self.average[index], self.labels[index][:, None]
+        joint = average * self.transition[:, labels[:, 0]].T
+        right = joint.gather(1, labels)[:, 0] / joint.sum(1).clamp_min(_TINY)
+        return ((1 - right) / (1 - average.gather(1, labels)[:, 0]).clamp_min(_TINY)).clamp(0, 1)
 
     def estimate_noise_rate(self) -> float:
         """The share (0..1) of samples that lately had κ near 0 and one and the same other label predicted.

@@ -180,7 +180,7 @@ def test_the_annotator_relabels_what_kappa_and_loss_both_suspect():
     assert torch.equal(none.attack_labels(model, batch_of(y, **common), record), y)
 
 
-def test_running_kappa_and_loss_forget_old_epochs():
+def test_the_running_kappa_forgets_old_epochs():
     record = SampleRecord(torch.tensor([0, 1]), 2)
     index = torch.tensor([1])
     for value in (10, 0, 0):
@@ -188,7 +188,6 @@ def test_running_kappa_and_loss_forget_old_epochs():
     assert record.kappa.tolist() == [-1, 0]
     assert record.prediction.tolist() == [-1, 1]
     assert record.kappa_average[1].item() == pytest.approx(10 * MEMORY**2)
-    assert record.loss_average[1].item() == pytest.approx(10 * MEMORY**2)
     assert record.kappa_average[0].isnan()
     record.forget_epoch()
     assert record.kappa.tolist() == record.prediction.tolist() == [-1, -1]
@@ -221,40 +220,118 @@ def seen_record(y, history, targets):
     return record
 
 
-def test_kappa_guided_refinement_doubts_labels_that_are_lost_at_once_to_one_other_label(logits, y):
-    natural, adversarial = logits
-    targets = make_targets("kgr", r=0.1, r_max=0.9, momentum=0.7, adversarial_weight=0.5)
-    # Kept by PGD; lost at once and always to label 2; lost at once, now to 0, now to 3; half kept, half lost to 0.
-    history = [([10, 0, 0, 5, 10, 10], [0, 2, 0, 0, 0, 1]), ([10, 0, 0, 5, 10, 10], [0, 2, 3, 3, 0, 1])]
-    record = seen_record(y, history, targets)
-    batch = batch_of(y, natural, adversarial, epoch=0, steps=10)
-    r = targets.share_of_average(batch, record)[:, 0].tolist()
-    expected = [0.1, 0.9, 0.1 + 0.8 * MEMORY, 0.1 + 0.8 * 0.5 * MEMORY, 0.1, 0.1]
-    assert r == pytest.approx(expected, abs=1e-6)
-    target = targets(batch, record).target
-    p = 0.5 * natural.softmax(1) + 0.5 * adversarial.softmax(1)
-    hard = F.one_hot(y, K).float()
-    average = 0.7 * hard + 0.3 * p
-    for i in range(B):
-        torch.testing.assert_close(target[i], r[i] * average[i] + (1 - r[i]) * hard[i])
+def transition_by_em(average, given, iterations=20):
+    """Dawid & Skene's EM with loops; the transition matrix of the last M step, and every sample's P(given is right)."""
+    count, classes = average.shape
+    posterior = average / average.sum(1, keepdim=True)
+    for _ in range(iterations + 1):
+        transition = torch.zeros(classes, classes)
+        for k in range(classes):
+            for i in range(count):
+                transition[k, given[i]] += posterior[i, k]
+            transition[k] /= transition[k].sum()
+        likelihood = torch.stack([average[i] * transition[:, given[i]] for i in range(count)])
+        posterior = likelihood / likelihood.sum(1, keepdim=True)
+    return transition, torch.stack([posterior[i, given[i]] for i in range(count)])
 
 
-def test_kappa_guided_refinement_attacks_the_refined_label(y):
+def judged_record(targets, count=40):
+    """A record whose p̄ is near a true class, with pair-noisy labels, and with κ of its own for every sample."""
+    generator = torch.Generator().manual_seed(1)
+    true = torch.randint(K, (count,), generator=generator)
+    given = torch.where(torch.rand(count, generator=generator) < 0.4, (true + 1) % K, true)
+    record = record_of(targets, given)
+    noise = torch.rand(count, K, generator=generator)
+    record.average = (4 * F.one_hot(true, K) + noise).softmax(1)
+    kappa = torch.randint(11, (count,), generator=generator)
+    record.observe(torch.arange(count), kappa, torch.ones(count), true)
+    return record, true, given, kappa
+
+
+def test_the_transition_matrix_is_that_of_expectation_maximisation():
+    record, true, given, _ = judged_record(make_targets("kgr"))
+    transition, right = transition_by_em(record.average, given)
+    record.judge()
+    torch.testing.assert_close(record.transition, transition)
+    assert record.noise_rate.item() == pytest.approx(1 - right.mean().item(), abs=1e-5)
+    # What it is for: a rate near the true one, and every wrong label contradicted more than every right one.
+    wrong = given != true
+    assert record.noise_rate.item() == pytest.approx(wrong.float().mean().item(), abs=0.1)
+    contradiction = record.contradiction(torch.arange(len(given)))
+    assert contradiction[wrong].min() > contradiction[~wrong].max()
+
+
+def test_samples_that_training_has_not_seen_do_not_move_the_transition_matrix():
+    record, _, given, _ = judged_record(make_targets("kgr"))
+    transition, _ = transition_by_em(record.average[:30], given[:30])
+    record.votes[30:] = 0
+    record.judge()
+    torch.testing.assert_close(record.transition, transition)
+    record.votes.zero_()
+    record.transition = torch.eye(K)
+    record.judge()
+    assert torch.equal(record.transition, torch.eye(K))
+    assert record.contradiction(torch.arange(len(given))).eq(0).all()
+
+
+def test_kappa_guided_refinement_gives_the_given_label_its_probability_and_spares_what_resists():
+    targets = make_targets("kgr", draw=False)
+    record, _, given, kappa = judged_record(targets)
+    targets.begin_epoch(record, 0)
+    _, right = transition_by_em(record.average, given)
+    index = torch.arange(len(given))
+    p_given = record.average[index, given]
+    share = (1 - kappa / 10) * (1 - right) / (1 - p_given)
+    batch = batch_of(given, epoch=0, steps=10)
+    torch.testing.assert_close(targets.share_of_average(batch, record)[:, 0], share)
+    expected = share[:, None] * record.average + (1 - share[:, None]) * F.one_hot(given, K)
+    torch.testing.assert_close(targets.refined(batch, record), expected)
+    # Without κ the given label keeps exactly its probability.
+    record.kappa_average.fill_(0)
+    torch.testing.assert_close(targets.refined(batch, record)[index, given], right)
+
+
+def test_kappa_guided_refinement_draws_the_label_that_is_attacked_and_trained_towards(logits):
     targets = make_targets("kgr", start_epoch=1)
-    record = seen_record(y, [([0] * B, [2] * B)], targets)
-    record.average = F.one_hot(torch.full((B,), 2), K).float()
-    assert torch.equal(targets.attack_labels(None, batch_of(y, epoch=0, steps=5), record), y)
-    # κ̄ = 0 and every vote is for label 2: r = 1, the label is replaced. Sample 2 has that label itself.
-    assert targets.attack_labels(None, batch_of(y, epoch=1, steps=5), record).tolist() == [2] * B
+    record, _, given, _ = judged_record(targets)
+    assert torch.equal(targets.attack_labels(None, batch_of(given, epoch=0, steps=10), record), given)
+    targets.begin_epoch(record, 1)
+    batch = batch_of(given, epoch=1, steps=10)
+    batch.draws = torch.Generator().manual_seed(0)
+    refined = targets.refined(batch, record)
+    counts = torch.zeros_like(refined)
+    for _ in range(400):
+        batch.labels = targets.attack_labels(None, batch, record)
+        target = targets(batch, record).target
+        assert torch.equal(target, F.one_hot(batch.labels, K).float())
+        counts += target
+    # Four standard deviations of a share of 400 draws are 0.1 at most.
+    torch.testing.assert_close(counts / 400, refined, atol=0.1, rtol=0)
+
+
+def test_kappa_guided_refinement_takes_the_present_prediction_into_the_average_before_the_attack(logits, y):
+    natural, _ = logits
+    targets = make_targets("kgr", momentum=0.5, temperature=0.25)
+    record = record_of(targets, y)
+    batch = batch_of(y, natural, epoch=0, steps=10)
+    batch.guiding = natural
+    targets.before_attack(batch, record)
+    expected = 0.5 * F.one_hot(y, K) + 0.5 * (natural / 0.25).softmax(1)
+    torch.testing.assert_close(record.average, expected)
+    batch.labels = y
+    targets(batch, record)
+    torch.testing.assert_close(record.average, expected)  # once per pass
 
 
 def test_with_one_r_for_all_kappa_guided_refinement_is_sglr(logits, y):
     natural, adversarial = logits
     common = {"r": 0.3, "temperature": 1.5, "momentum": 0.9, "adversarial_weight": 0.8}
-    guided, sglr = make_targets("kgr", r_max=0.3, **common), make_targets("sglr", **common)
+    guided, sglr = make_targets("kgr", r_max=0.3, draw=False, **common), make_targets("sglr", **common)
     records = [seen_record(y, [([3] * B, [1] * B)], targets) for targets in (guided, sglr)]
     for epoch in range(3):
         batch = batch_of(y, natural, adversarial, epoch=epoch, steps=10)
+        guided.begin_epoch(records[0], epoch)
+        guided.before_attack(batch, records[0])
         ours, theirs = (t(batch, record).target for t, record in zip((guided, sglr), records, strict=True))
         assert torch.equal(ours, theirs)
 
@@ -263,11 +340,16 @@ def test_with_r_of_nought_or_one_kappa_guided_refinement_is_the_annotator(y):
     """Momentum 0 and a sharp natural prediction: the selected samples get argmax f(x), all others keep their label."""
     torch.manual_seed(0)
     natural = torch.randn(B, K) * 1e4
-    targets = make_targets("kgr", r=0.0, momentum=0.0, adversarial_weight=0.0)
+    targets = make_targets("kgr", momentum=0.0)
     predicted = natural.argmax(1)
     selected = predicted != y
-    kappas = torch.where(selected, 0, 10).tolist()
-    record = seen_record(y, [(kappas, predicted.tolist())], targets)
-    target = targets(batch_of(y, natural, natural, steps=10), record).target
+    record = seen_record(y, [(torch.where(selected, 0, 10).tolist(), predicted.tolist())], targets)
+    record.transition.fill_(1 / K)  # any label may have become any other
+    batch = batch_of(y, natural, epoch=0, steps=10)
+    batch.guiding, batch.draws = natural, torch.Generator().manual_seed(0)
+    targets.before_attack(batch, record)
+    batch.labels = targets.attack_labels(None, batch, record)
     assert selected.any()
-    assert torch.equal(target, F.one_hot(torch.where(selected, predicted, y), K).float())
+    assert not selected.all()
+    assert torch.equal(batch.labels, torch.where(selected, predicted, y))
+    assert torch.equal(targets(batch, record).target, F.one_hot(batch.labels, K).float())

@@ -51,7 +51,7 @@ EPOCH_SHARES: dict[str, dict[str, float]] = {
     "sat": {"start_epoch": 0.3},  # 60 of 200
     "te": {"start_epoch": 0.45, "ramp_end": 0.75},  # 90 and 150 of 200
     "annotator": {"start_epoch": 1 / 3},  # 40 of 120
-    "kgr": {"start_epoch": 0.6, "average_epoch": 0.4},
+    "kgr": {"start_epoch": 0.3},
 }
 
 

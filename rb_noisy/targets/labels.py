@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
@@ -98,11 +99,15 @@ class SelfGuided(Targets):
         r = self.share_of_average(batch, record)
         return r * record.average[batch.index] + (1 - r) * batch.hard
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+    def update_average(self, batch: Batch, record: SampleRecord) -> None:
+        """p̄ of the batch's samples, on every process [SGLR eq. 8]."""
         if batch.epoch >= self.averages_from:
             mix = self.mix(batch.on_natural, batch.adversarial)
             record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        self.update_average(batch, record)
         if batch.epoch < self.start_epoch:
             return Assignment(batch.hard)
         weight = record.average[batch.index].amax(1) if self.weighted else None
@@ -113,49 +118,78 @@ class SelfGuided(Targets):
 class KappaGuided(SelfGuided):
     """κ-guided refinement (ours): SGLR with an r of its own for every sample, from its κ and its predictions.
 
-    rᵢ = r + (r_max − r)·(1 − κ̄ᵢ/n)·vᵢ, where κ̄ᵢ is the running κ against the given label (n steps) and vᵢ the running
-    share of the training passes that predicted the sample's most predicted *other* label. A label that PGD hardly moves
-    (κ̄ near n) is kept, one that is lost at once and always to the same other label is replaced, hard samples that are
-    taken now for this and now for that lie between. The target is rᵢ·p̄ᵢ + (1−rᵢ)·onehot [SGLR eq. 8]; the attack moves
-    away from its largest class.
+    rᵢ = r + (r_max − r)·(1 − κ̄ᵢ/n)·(1 − qᵢ)/(1 − p̄ᵢ(ỹᵢ)). κ̄ᵢ is the running κ against the given label ỹᵢ (n steps), and
+    qᵢ = p̄ᵢ(ỹᵢ)·T(ỹᵢ, ỹᵢ) / Σₖ p̄ᵢ(k)·T(k, ỹᵢ) the probability that the given label is right, T the label transition
+    matrix that `SampleRecord.judge` estimates before every epoch. Without the factor of κ, r = 0 and r_max = 1 the
+    refined label rᵢ·p̄ᵢ + (1−rᵢ)·onehot [SGLR eq. 8] gives ỹᵢ exactly the probability qᵢ. A label that PGD hardly moves
+    (κ̄ near n) is kept; one that is lost at once *and* that the predictions contradict is replaced.
 
-    With `r_max = r` every sample has the same r and this is SGLR; with rᵢ in {0, 1}, momentum 0 and p̄ the natural
+    From `start_epoch` on, the label that is trained towards is drawn anew from the refined label every time (`draw`),
+    and the attack moves away from the drawn label. p̄ is averaged from the first epoch on, before the attack where it
+    takes nothing from x̃.
+
+    With `r_max = r`, `draw = False` and start epoch 0 this is SGLR; with rᵢ in {0, 1}, momentum 0 and a sharp natural
     prediction it is the annotator.
 
     Attributes:
         r: of a sample whose label is beyond doubt. r_max: of one whose label is certainly wrong.
-        average_epoch: p̄ is updated from this epoch on, the target refined from `start_epoch` on.
+        draw: train towards a label drawn from the refined one, else towards the refined label itself.
     """
 
-    r: float = 0.1
-    temperature: float = 1.0
-    momentum: float = 0.7
-    adversarial_weight: float = 0.5
+    r: float = 0.0
+    temperature: float = 0.25
+    momentum: float = 0.5
+    adversarial_weight: float = 0.0
     natural_pass: str = "eval"
     r_max: float = 1.0
-    average_epoch: int = 0
+    draw: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(r_max=self.r_max)
-        check_at_least(0, average_epoch=self.average_epoch)
         if self.r_max < self.r:
             raise InputError(f"r_max is {self.r_max}, below r = {self.r}; give at least r")
 
     @property
     def averages_from(self) -> int:
-        return min(self.average_epoch, self.start_epoch)
+        return 0
+
+    @property
+    def averages_before_attack(self) -> bool:
+        return self.adversarial_weight == 0 and self.natural_pass == "eval"
+
+    def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
+        if epoch >= self.start_epoch:
+            record.judge()
+
+    def before_attack(self, batch: Batch, record: SampleRecord) -> None:
+        if self.averages_before_attack:
+            self.update_average(batch, record)
 
     def share_of_average(self, batch: Batch, record: SampleRecord) -> Tensor:
-        kept = record.kappa_average[batch.index] / max(1, batch.steps)
-        other = record.votes[batch.index].masked_fill(batch.hard > 0, 0.0).amax(1)
-        # Not seen before, or never attacked (standard training): κ̄ is NaN, and the votes alone decide.
-        doubt = (1 - kept.nan_to_num(0.0)).clamp(0, 1) * other
+        # Never attacked (standard training): κ̄ is NaN, and the predictions alone decide.
+        kept = (record.kappa_average[batch.index] / max(1, batch.steps)).nan_to_num(0.0).clamp(0, 1)
+        doubt = (1 - kept) * record.contradiction(batch.index)
         return (self.r + (self.r_max - self.r) * doubt)[:, None]
 
     @torch.no_grad()
     def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
-        return batch.y if batch.epoch < self.start_epoch else self.refined(batch, record).argmax(1)
+        if batch.epoch < self.start_epoch:
+            return batch.y
+        refined = self.refined(batch, record)
+        if not self.draw:
+            return refined.argmax(1)
+        return torch.multinomial(refined.cpu(), 1, generator=batch.draws)[:, 0].to(batch.y)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        if not self.averages_before_attack:
+            self.update_average(batch, record)
+        if batch.epoch < self.start_epoch:
+            return Assignment(batch.hard)
+        if self.draw:
+            return Assignment(F.one_hot(batch.labels, batch.hard.shape[1]).to(batch.hard))
+        return Assignment(self.refined(batch, record))
 
 
 def self_adaptive(**options: float) -> SelfGuided:

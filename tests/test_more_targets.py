@@ -205,6 +205,23 @@ def test_the_noise_rate_counts_samples_with_one_persistent_other_prediction():
     assert record.estimate_noise_rate() == pytest.approx(1 / 4)
 
 
+def test_the_annotator_estimates_the_noise_rate_anew_before_every_epoch():
+    targets = make_targets("annotator", start_epoch=1)
+    record = SampleRecord(torch.tensor([0, 0, 0, 0]), 3)
+    index, rates = torch.arange(4), []
+    for epoch in range(4):
+        targets.begin_epoch(record, epoch)
+        rates.append(record.noise_rate.item())
+        wrong = [1] * epoch + [0] * (4 - epoch)  # one more is taken for label 1 in every epoch
+        record.observe(index, torch.zeros(4, dtype=torch.long), torch.ones(4), torch.tensor(wrong))
+    targets.begin_epoch(record, 9)
+    assert rates == [0, 0, 0, 0]  # no prediction has persisted yet
+    for epoch in range(4, 8):
+        record.observe(index, torch.zeros(4, dtype=torch.long), torch.ones(4), torch.tensor([1, 1, 1, 0]))
+        targets.begin_epoch(record, epoch)
+    assert record.noise_rate.item() == 0.75
+
+
 def test_a_run_does_not_go_on_with_other_labels():
     record, other = SampleRecord(torch.tensor([0, 1]), 2), SampleRecord(torch.tensor([1, 1]), 2)
     with pytest.raises(InputError, match="started on other labels"):

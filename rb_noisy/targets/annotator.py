@@ -22,8 +22,8 @@ class Annotator(Targets):
     target then use it. κ and loss are measured in eval mode before the attack.
 
     Attributes:
-        noise_rate: the share of a batch whose loss counts as great; None estimates it once, at
-            the start epoch (`SampleRecord.estimate_noise_rate`).
+        noise_rate: the share of a batch whose loss counts as great; None estimates it before every epoch from the
+            start epoch on (`SampleRecord.estimate_noise_rate`): the first estimates are far too low.
     """
 
     kappa_threshold: int = 2
@@ -36,7 +36,7 @@ class Annotator(Targets):
             check_fraction(noise_rate=self.noise_rate)
 
     def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
-        if epoch == max(1, self.start_epoch) and self.noise_rate is None:
+        if epoch >= self.start_epoch and self.noise_rate is None:
             record.noise_rate.fill_(record.estimate_noise_rate())
 
     @torch.no_grad()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from eval.leaderboard import MISSING, latex, latex_line, markdown_line
+from eval.leaderboard import MISSING
+from eval.report_table import FORMATS, Figure, Group, Report, Row
 from model_zoo.registry import dataset_label, eps_label, read_results, results_file
 from rb_noisy.console import console, errors, user_errors
 from rb_noisy.errors import InputError, unknown_name
@@ -38,53 +35,8 @@ SETTING = {
     "track": "{} samples of each kind tracked",
     "track_steps": "tracked attack PGD-{} (final iterate)",
 }
-SYMBOLS = str.maketrans({"†": r"$^\dagger$", "ε": r"$\varepsilon$", "α": r"$\alpha$", "κ": r"$\kappa$", "−": "$-$"})
+LESS = "Each run less that of {} with the same labels and seed"
 Values = dict[str, float]  # by "group name", such as "natural best"; NaN where there is none
-
-
-@dataclass(frozen=True)
-class Group:
-    """Columns under one heading; `digits` after the point."""
-
-    key: str
-    title: str
-    names: tuple[str, ...]
-    digits: int = 1
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self.key} {name}" for name in self.names]
-
-
-class Figure(NamedTuple):
-    """The mean over `n` runs and the half-width of its 95% t-interval; None for one run."""
-
-    mean: float
-    half_width: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One recipe, run `n` times: what tells it from the others, and its figures by column.
-
-    `marked`: its natural and PGD figures are not those of the heading, but those of training.
-    """
-
-    labels: tuple[str, ...]
-    figures: dict[str, Figure | None]
-    n: int
-    marked: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """A table: names of the label columns, groups of figure columns, rows, and what a caption says."""
-
-    labels: list[str]
-    groups: list[Group]
-    rows: list[Row]
-    caption: str
 
 
 def collect_runs(paths: Iterable[Path]) -> list[Run]:
@@ -107,8 +59,10 @@ def collect_runs(paths: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def sglr_report(runs: Sequence[Run]) -> Report:
+def sglr_report(runs: Sequence[Run], against: str | None = None) -> Report:
     """[SGLR] Tables 2 and 3: natural, PGD and AutoAttack accuracy of the best and the final weights, in percent.
+
+    `against`: a method; every other row is shown less the runs of this method with the same label noise and seeds.
 
     *best* is the epoch of the highest robust accuracy on the selection set, for all columns. PGD is PGD-20 as evaluated
     where both weights of all runs of a row have it; else the PGD of training, marked unless it is so in every row.
@@ -128,15 +82,20 @@ def sglr_report(runs: Sequence[Run]) -> Report:
     if counts := [r["autoattack"]["n"] for found in results.values() for r in found.values() if "autoattack" in r]:
         groups.append(Group("autoattack", "AutoAttack", names))
         notes.append(f"AutoAttack on {_span(counts)} test images")
+    if against is not None:
+        rows, values = _less(rows, values, against)
+        notes.insert(0, LESS.format(against))
     marked = [bool(evaluated) and row[0].path not in evaluated for row in rows]
     if any(marked):
         notes.append(f"†: as tracked in training, with {tracked}")
-    unsaid = ("track", "track_steps") if len(evaluated) == len(runs) else ()
+    unsaid = ("track", "track_steps") if evaluated and not any(marked) else ()
     return _report(rows, values, groups, notes, marked, unsaid=unsaid)
 
 
-def nl_report(runs: Sequence[Run]) -> Report:
+def nl_report(runs: Sequence[Run], against: str | None = None) -> Report:
     """[NL]'s experiments: test accuracy, its drop from best to final, and how the training data is fitted at the end.
+
+    `against` as in `sglr_report`.
 
     *best* is the maximum over epochs of that accuracy itself. Accuracy on training data is natural accuracy against the
     given label: on incorrect data it says how far wrong labels are learnt. κ is that of the tracked PGD.
@@ -152,6 +111,9 @@ def nl_report(runs: Sequence[Run]) -> Report:
     ]
     notes = ["Best: the maximum over epochs of each accuracy; drop = best − final"]
     notes += ["Training accuracy: on natural images, against the given label"]
+    if against is not None:
+        rows, values = _less(rows, values, against)
+        notes.insert(0, LESS.format(against))
     return _report(rows, values, groups, notes, [False] * len(rows), noise_column=True)
 
 
@@ -218,6 +180,33 @@ def _nl_values(run: Run) -> Values:
 def _three(key: str, difference: str, best: float, final: float) -> Values:
     """Best, final and best − final in percent."""
     return {f"{key} best": 100 * best, f"{key} final": 100 * final, f"{key} {difference}": 100 * (best - final)}
+
+
+def _less(rows: list[list[Run]], values: list[list[Values]], method: str) -> tuple[list[list[Run]], list[list[Values]]]:
+    """Rows of other methods, their values less those of `method` on the same labels and seed; runs without it go."""
+
+    def setting(run: Run) -> tuple:
+        recipe = run.recipe
+        return recipe.data, recipe.noise, recipe.noise_rate, recipe.noise_seed, recipe.seed
+
+    figures = {
+        run.path: found for row, line in zip(rows, values, strict=True) for run, found in zip(row, line, strict=True)
+    }
+    theirs: dict[tuple, Values] = {}
+    for run in (run for row in rows for run in row if run.recipe.method == method):
+        if setting(run) in theirs:
+            raise InputError(f"several runs of {method} have the same labels and seed; name only one of them")
+        theirs[setting(run)] = figures[run.path]
+    if not theirs:
+        raise unknown_name("method", method, {row[0].recipe.method for row in rows})
+    others = [[run for run in row if setting(run) in theirs and run.recipe.method != method] for row in rows]
+    if not any(others):
+        raise InputError(f"no other method has a run with the labels and seed of one of {method}; name some")
+    others = [row for row in others if row]
+    return others, [
+        [{name: own - theirs[setting(run)][name] for name, own in figures[run.path].items()} for run in row]
+        for row in others
+    ]
 
 
 def _tracked_pgd(runs: Sequence[Run]) -> str:
@@ -308,71 +297,11 @@ def _span(counts: Iterable[int]) -> str:
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def _cell(row: Row, group: Group, key: str) -> str:
-    figure = row.figures[key]
-    if figure is None:
-        return MISSING
-    spread = "" if figure.half_width is None else f" ± {figure.half_width:.{group.digits}f}"
-    fewer = "" if figure.n == row.n else f" (n={figure.n})"
-    number = f"{figure.mean:.{group.digits}f}"
-    number = number[1:] if number.startswith("-") and float(number) == 0 else number  # no "-0.0"
-    return f"{number}{spread}{fewer}{'†' if row.marked and group.key != 'autoattack' else ''}"
-
-
-def _cells(report: Report, row: Row) -> list[str]:
-    return [*row.labels, *(_cell(row, group, key) for group in report.groups for key in group.keys)]
-
-
-def render_terminal(report: Report) -> Table:
-    table = Table(*report.labels)
-    for group in report.groups:
-        for title, name in zip([group.title, *[""] * len(group.names)], group.names, strict=False):
-            table.add_column(Text(f"{title}\n{name}"), justify="right")
-    for row in report.rows:
-        table.add_row(*(Text(cell) for cell in _cells(report, row)))
-    return table
-
-
-def render_markdown(report: Report) -> str:
-    heads = [*report.labels, *(f"{group.title} {name}" for group in report.groups for name in group.names)]
-    aligned = ["---"] * len(report.labels) + ["---:"] * (len(heads) - len(report.labels))
-    lines = [[cell.replace("|", r"\|") for cell in _cells(report, row)] for row in report.rows]
-    return "\n".join([*map(markdown_line, [heads, aligned, *lines]), "", report.caption, ""])
-
-
-def render_latex(report: Report) -> str:
-    r"""A booktabs table with its caption; needs `\usepackage{booktabs}`."""
-    titles = [rf"\multicolumn{{{len(group.names)}}}{{c}}{{{latex(group.title)}}}" for group in report.groups]
-    names = [name for group in report.groups for name in group.names]
-    head = [r"\begin{table}", rf"\caption{{{latex(report.caption)}}}"]
-    head += [rf"\begin{{tabular}}{{{'l' * len(report.labels)}{'r' * len(names)}}}", r"\toprule"]
-    head += [" & ".join([""] * len(report.labels) + titles) + r" \\"]
-    head += [latex_line([*report.labels, *names]), r"\midrule"]
-    lines = [latex_line(_cells(report, row)) for row in report.rows]
-    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join([*head, *lines, *end]).translate(SYMBOLS)
-
-
-def render_csv(report: Report) -> str:
-    """Unrounded means, their half-widths and counts; the caption in the last column."""
-    keys = [key for group in report.groups for key in group.keys]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    figures = [f"{key}{part}" for key in keys for part in ("", " half-width", " n")]
-    writer.writerow([*report.labels, *figures, "tracked", "caption"])
-    for row in report.rows:
-        cells = [value for key in keys for value in row.figures[key] or ("", "", 0)]
-        writer.writerow([*row.labels, *cells, "†" if row.marked else "", report.caption])
-    return text.getvalue()
-
-
-FORMATS = {"terminal": render_terminal, "markdown": render_markdown, "latex": render_latex, "csv": render_csv}
-
-
 def main(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
     format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "terminal",
     columns: Annotated[str, typer.Option(help="sglr, or nl (drop, fit of training data, κ).")] = "sglr",
+    against: Annotated[str | None, typer.Option(help="A method: show the others less it, seed by seed.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the table here.")] = None,
 ) -> None:
     """Best, final and their difference over runs; runs that differ only by seed are one row."""
@@ -391,7 +320,7 @@ def main(
                 errors.print(f"[yellow]skipped:[/] {said}", soft_wrap=True)
         if not finished:
             raise InputError("none of the runs is finished; continue them with --resume, or sweep again")
-        report = COLUMNS[columns](finished)
+        report = COLUMNS[columns](finished, against)
         text = FORMATS[format](report)
         if format == "terminal":
             console.print(text, Text(report.caption))

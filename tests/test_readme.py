@@ -6,7 +6,7 @@ import pytest
 import model_zoo
 from eval.leaderboard import leaderboard_rows, render_markdown
 from eval.report import collect_runs, nl_report, sglr_report
-from eval.report import render_markdown as render_report
+from eval.report_table import render_markdown as render_report
 from model_zoo.registry import read_cards
 
 README = Path(__file__).parents[1] / "README.md"

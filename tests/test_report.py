@@ -193,6 +193,32 @@ def test_unfinished_runs_are_skipped_by_name_and_damage_is_an_error(tmp_path):
     assert "runs of the same recipe and seed" in copied.output
 
 
+def test_against_a_method_every_run_is_less_that_methods_run_with_the_same_labels_and_seed(tmp_path):
+    noise = {"noise": "pair", "noise_rate": 0.4}
+    for seed, (ours, theirs) in enumerate([(0.5, 0.4), (0.7, 0.5)]):
+        write_run(tmp_path / f"ours{seed}", (0.9,), (ours,), seed=seed, noise_seed=seed, method="pgd-at+kgr", **noise)
+        write_run(tmp_path / f"theirs{seed}", (0.8,), (theirs,), seed=seed, noise_seed=seed, method="pgd-at", **noise)
+    write_run(tmp_path / "clean", (0.9,), (0.8,))  # no run of kgr has its labels
+    write_run(tmp_path / "alone", (0.9,), (0.8,), seed=7, noise_seed=7, method="pgd-at", **noise)  # nor its seed
+    for columns, group in (("sglr", "pgd"), ("nl", "pgd")):
+        result = call(tmp_path, "--columns", columns, "--against", "pgd-at+kgr", "--format", "csv")
+        (row,) = csv.DictReader(io.StringIO(result.stdout))
+        assert row["Method"] == "pgd-at"
+        assert float(row[f"{group} final"]) == pytest.approx(-15)
+        assert float(row[f"{group} final half-width"]) == pytest.approx(
+            12.706 * 5, rel=1e-3
+        )  # t of 1 degree of freedom
+        assert float(row["natural final"]) == pytest.approx(-10)
+        assert "less that of pgd-at+kgr" in row["caption"]
+    for method, words in (("pgd-at+kgn", "did you mean pgd-at+kgr"), ("pgd-at", None)):
+        result = call(tmp_path, "--against", method)
+        assert (result.exit_code == 0) == (words is None)
+        assert words is None or words in result.stderr
+    nobody = call(tmp_path / "clean", "--against", "pgd-at")
+    assert nobody.exit_code == 2
+    assert "no other method has a run with the labels and seed" in nobody.stderr
+
+
 def test_every_format_shows_the_same_figures(tmp_path):
     run = write_run(tmp_path / "run", noise="symmetric", noise_rate=0.4)
     terminal = call(run, "--columns", "nl")

@@ -42,10 +42,12 @@ def test_both_set_up_commands_are_there():
 
 
 # The columns in which the README shows each study that ships its metrics.
-COLUMNS = {"digits-methods": sglr_report, "mnist-noise": nl_report}
+COLUMNS = {"digits-methods": sglr_report, "mnist-noise": nl_report, "refinement-mnist": sglr_report}
 
 
 @pytest.mark.parametrize("study", sorted(path.name for path in STUDIES.glob("*") if path.is_dir()))
 def test_the_tables_of_the_studies_are_those_of_the_shipped_metrics(study):
-    table = render_report(COLUMNS[study](collect_runs([STUDIES / study])))
-    assert table.strip() in README.read_text(encoding="utf-8")
+    runs = collect_runs([STUDIES / study])
+    for against in (None, "pgd-at+kgr") if study.startswith("refinement") else (None,):
+        table = render_report(COLUMNS[study](runs, against))
+        assert table.strip() in README.read_text(encoding="utf-8")

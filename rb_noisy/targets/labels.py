@@ -128,6 +128,8 @@ class KappaGuided(SelfGuided):
     and the attack moves away from the drawn label. p̄ is averaged from the first epoch on, before the attack where it
     takes nothing from x̃.
 
+    On MNIST the factor of κ changed no accuracy (README, Results): what carries the method is qᵢ and the drawn label.
+
     With `r_max = r`, `draw = False` and start epoch 0 this is SGLR; with rᵢ in {0, 1}, momentum 0 and a sharp natural
     prediction it is the annotator.
 

@@ -85,6 +85,9 @@ def sglr_report(runs: Sequence[Run], against: str | None = None) -> Report:
     if against is not None:
         rows, values = _less(rows, values, against)
         notes.insert(0, LESS.format(against))
+        theirs = [run.path for run in runs if run.recipe.method == against]
+        if evaluated and not evaluated.issuperset([*theirs, *(run.path for row in rows for run in row)]):
+            raise InputError("some of these runs have PGD-20 and some have not; run eval.pgd on best and final of all")
     marked = [bool(evaluated) and row[0].path not in evaluated for row in rows]
     if any(marked):
         notes.append(f"†: as tracked in training, with {tracked}")

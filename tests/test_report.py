@@ -214,6 +214,12 @@ def test_against_a_method_every_run_is_less_that_methods_run_with_the_same_label
         result = call(tmp_path, "--against", method)
         assert (result.exit_code == 0) == (words is None)
         assert words is None or words in result.stderr
+    for which in ("best", "final"):
+        write_results(tmp_path / "ours0", which, natural=0.9, pgd20=0.3)
+        write_results(tmp_path / "ours1", which, natural=0.9, pgd20=0.3)
+    mixed = call(tmp_path, "--against", "pgd-at+kgr")  # PGD-20 less the PGD of training is no difference
+    assert mixed.exit_code == 2
+    assert "some of these runs have PGD-20" in mixed.stderr
     nobody = call(tmp_path / "clean", "--against", "pgd-at")
     assert nobody.exit_code == 2
     assert "no other method has a run with the labels and seed" in nobody.stderr

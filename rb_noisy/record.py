@@ -75,15 +75,13 @@ class SampleRecord:
             transition = transition / transition.sum(1, keepdim=True).clamp_min(_TINY)
             joint = average * transition[:, labels].T
         self.transition.copy_(transition)
-        right = joint.gather(1, labels[:, None])[:, 0] / joint.sum(1).clamp_min(_TINY)
-        self.noise_rate.copy_(1 - right.mean())
+        self.noise_rate.copy_(1 - _given_is_right(joint, labels).mean())
 
     def contradiction(self, index: Tensor) -> Tensor:
         """(B,) 0..1, (1 − q)/(1 − p̄(ỹ)), q the probability of the given label by p̄ and T: how far p̄ contradicts it."""
-        average, labels = self.average[index], self.labels[index][:, None]
-        joint = average * self.transition[:, labels[:, 0]].T
-        right = joint.gather(1, labels)[:, 0] / joint.sum(1).clamp_min(_TINY)
-        return ((1 - right) / (1 - average.gather(1, labels)[:, 0]).clamp_min(_TINY)).clamp(0, 1)
+        average, labels = self.average[index], self.labels[index]
+        right = _given_is_right(average * self.transition[:, labels].T, labels)
+        return ((1 - right) / (1 - average.gather(1, labels[:, None])[:, 0]).clamp_min(_TINY)).clamp(0, 1)
 
     def estimate_noise_rate(self) -> float:
         """The share (0..1) of samples that lately had κ near 0 and one and the same other label predicted.
@@ -123,3 +121,8 @@ class SampleRecord:
 
 def _moved(average: Tensor, value: Tensor, new: Tensor) -> Tensor:
     return torch.where(new, value, MEMORY * average + (1 - MEMORY) * value)
+
+
+def _given_is_right(joint: Tensor, labels: Tensor) -> Tensor:
+    """(B,) q of the given label, from the (B, K) p̄(k)·T(k, ỹ)."""
+    return joint.gather(1, labels[:, None])[:, 0] / joint.sum(1).clamp_min(_TINY)

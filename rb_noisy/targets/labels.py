@@ -77,6 +77,11 @@ class SelfGuided(Targets):
         """The epoch from which on p̄ is updated."""
         return self.start_epoch
 
+    @property
+    def averages_before_attack(self) -> bool:
+        """Whether p̄ is updated in `before_attack` already."""
+        return False
+
     def natural_mode(self, epoch: int) -> str | None:
         return self.natural_pass if epoch >= self.averages_from and self.adversarial_weight < 1 else None
 
@@ -105,13 +110,18 @@ class SelfGuided(Targets):
             mix = self.mix(batch.on_natural, batch.adversarial)
             record.update_average(batch.gather(batch.index), batch.gather(mix), self.momentum)
 
+    def target(self, batch: Batch, record: SampleRecord) -> Tensor:
+        """What is trained towards (B, K)."""
+        return self.refined(batch, record)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
-        self.update_average(batch, record)
+        if not self.averages_before_attack:
+            self.update_average(batch, record)
         if batch.epoch < self.start_epoch:
             return Assignment(batch.hard)
         weight = record.average[batch.index].amax(1) if self.weighted else None
-        return Assignment(self.refined(batch, record), weight)
+        return Assignment(self.target(batch, record), weight)
 
 
 @dataclass(frozen=True)
@@ -183,15 +193,10 @@ class KappaGuided(SelfGuided):
             return refined.argmax(1)
         return torch.multinomial(refined.cpu(), 1, generator=batch.draws)[:, 0].to(batch.y)
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
-        if not self.averages_before_attack:
-            self.update_average(batch, record)
-        if batch.epoch < self.start_epoch:
-            return Assignment(batch.hard)
+    def target(self, batch: Batch, record: SampleRecord) -> Tensor:
         if self.draw:
-            return Assignment(F.one_hot(batch.labels, batch.hard.shape[1]).to(batch.hard))
-        return Assignment(self.refined(batch, record))
+            return F.one_hot(batch.labels, batch.hard.shape[1]).to(batch.hard)
+        return self.refined(batch, record)
 
 
 def self_adaptive(**options: float) -> SelfGuided:

@@ -49,6 +49,19 @@ def test_a_backbone_is_a_timm_model_with_access_to_its_features(name):
         assert [side // m.shape[2] for m in maps] == [f["reduction"] for f in model.feature_info]
 
 
+def test_strided_cnn_halves_the_image_and_doubles_the_channels_as_often_as_asked():
+    model = timm.create_model("strided_cnn", in_chans=3, img_size=32, width=2, depth=3, batch_norm=True)
+    assert model.forward_features(torch.rand(2, 3, 32, 32)).shape == (2, 128, 4, 4)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 3
+    maps = timm.create_model("strided_cnn", in_chans=3, img_size=32, depth=3, features_only=True)(
+        torch.rand(1, 3, 32, 32)
+    )
+    assert [m.shape[1:] for m in maps] == [(16, 16, 16), (32, 8, 8), (64, 4, 4)]
+    for options in ({"depth": 6}, {"depth": 0}, {"width": 0}):
+        with pytest.raises(InputError, match="strided_cnn needs"):
+            build_backbone("strided_cnn", num_classes=10, in_chans=3, img_size=32, **options)
+
+
 def test_wildcards_find_the_networks():
     assert set(timm.list_models("*_cifar")) >= {"resnet10_cifar", "resnet18_cifar", "resnet26_cifar", "resnet34_cifar"}
     assert timm.list_models("wrn_3*") == ["wrn_32_10", "wrn_34_10"]

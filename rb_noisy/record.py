@@ -12,6 +12,8 @@ MEMORY = 0.7  # of the running averages: about the last three epochs
 # An other label that has this running share of the predictions is taken for the prediction.
 PERSISTENT = 0.75
 _TINY = 1e-6
+# Where a fitted temperature of p̄ is looked for, each 1.26 times the last.
+TEMPERATURES = tuple(round(10 ** (i / 10), 3) for i in range(-12, 3))
 
 
 class SampleRecord:
@@ -29,6 +31,7 @@ class SampleRecord:
         votes: (N, K) float32, running average of the one-hot predictions, zero before the first.
         noise_rate: () float32, the share of wrong labels that a target estimated, 0 before.
         transition: (K, K) float32, the label transition matrix T(true, given) by `judge`, the identity before.
+        temperature: () float32, the temperature that `judge` gave to p̄, 1 before.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, start_average: str = "onehot"):
@@ -41,6 +44,7 @@ class SampleRecord:
         self.votes = torch.zeros_like(self.average)
         self.noise_rate = torch.tensor(0.0, device=labels.device)
         self.transition = torch.eye(num_classes, device=labels.device)
+        self.temperature = torch.tensor(1.0, device=labels.device)
 
     def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
         """Enter what a training pass showed of the samples in `index`, each (B,)."""
@@ -56,32 +60,44 @@ class SampleRecord:
         """p̄ ← α·p̄ + (1−α)·mix for the rows in `index` [SGLR eq. 8]."""
         self.average[index] = momentum * self.average[index] + (1 - momentum) * mix.to(self.average)
 
+    def prior(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """p̄ of the rows in `index` at the record's temperature τ, (B, K): p̄^(1/τ), normalised."""
+        return _tempered(self.average[index], float(self.temperature))
+
     @torch.no_grad()
-    def judge(self, iterations: int = 20) -> None:
+    def judge(self, iterations: int = 20, temperatures: tuple[float, ...] = (1.0,), every: int = 1) -> None:
         """Estimate the label transition matrix and the noise rate by expectation maximisation, p̄ every sample's prior.
 
         E: qᵢ(k) ∝ p̄ᵢ(k)·T(k, ỹᵢ); M: T(k, j) ∝ Σ qᵢ(k)·[ỹᵢ = j] (Dawid & Skene 1979, with a classifier's prior).
-        Samples that training has not seen do not count.
+        Of `temperatures`, p̄ takes the one under which the given labels are likeliest, Σᵢ log Σₖ p̄ᵢ(k)·T(k, ỹᵢ), since a
+        network is less sure than it could be while it is trained towards wrong labels, and surer once they are refined.
+        Samples that training has not seen do not count; of the others, with `every` above 1, but every so many-th.
         """
         seen = self.votes.sum(1) > 0  # of the others p̄ is but the given label
+        seen &= torch.arange(len(seen), device=seen.device) % every == 0
         if not seen.any():
             return
-        average, labels = self.average[seen], self.labels[seen]
-        given = F.one_hot(labels, average.shape[1]).to(average)
-        joint = average
-        for _ in range(iterations + 1):
-            posterior = joint / joint.sum(1, keepdim=True).clamp_min(_TINY)
-            transition = posterior.T @ given
-            transition = transition / transition.sum(1, keepdim=True).clamp_min(_TINY)
-            joint = average * transition[:, labels].T
-        self.transition.copy_(transition)
-        self.noise_rate.copy_(1 - _given_is_right(joint, labels).mean())
+        labels, best = self.labels[seen], None
+        given = F.one_hot(labels, self.average.shape[1]).to(self.average)
+        for temperature in temperatures:
+            joint = prior = _tempered(self.average[seen], temperature)
+            for _ in range(iterations + 1):
+                posterior = joint / joint.sum(1, keepdim=True).clamp_min(_TINY)
+                transition = posterior.T @ given
+                transition = transition / transition.sum(1, keepdim=True).clamp_min(_TINY)
+                joint = prior * transition[:, labels].T
+            likelihood = joint.sum(1).clamp_min(_TINY).log().mean()
+            if best is None or likelihood > best:
+                best = likelihood
+                self.transition.copy_(transition)
+                self.temperature.fill_(temperature)
+                self.noise_rate.copy_(1 - _given_is_right(joint, labels).mean())
 
     def contradiction(self, index: Tensor) -> Tensor:
         """(B,) 0..1, (1 − q)/(1 − p̄(ỹ)), q the probability of the given label by p̄ and T: how far p̄ contradicts it."""
-        average, labels = self.average[index], self.labels[index]
-        right = _given_is_right(average * self.transition[:, labels].T, labels)
-        return ((1 - right) / (1 - average.gather(1, labels[:, None])[:, 0]).clamp_min(_TINY)).clamp(0, 1)
+        prior, labels = self.prior(index), self.labels[index]
+        right = _given_is_right(prior * self.transition[:, labels].T, labels)
+        return ((1 - right) / (1 - prior.gather(1, labels[:, None])[:, 0]).clamp_min(_TINY)).clamp(0, 1)
 
     def estimate_noise_rate(self) -> float:
         """The share (0..1) of samples that lately had κ near 0 and one and the same other label predicted.
@@ -121,6 +137,13 @@ class SampleRecord:
 
 def _moved(average: Tensor, value: Tensor, new: Tensor) -> Tensor:
     return torch.where(new, value, MEMORY * average + (1 - MEMORY) * value)
+
+
+def _tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    if temperature == 1:
+        return probabilities
+    powered = (probabilities / probabilities.amax(1, keepdim=True).clamp_min(_TINY)) ** (1 / temperature)
+    return powered / powered.sum(1, keepdim=True)
 
 
 def _given_is_right(joint: Tensor, labels: Tensor) -> Tensor:

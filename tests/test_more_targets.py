@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rb_noisy.attacks import kappa
 from rb_noisy.errors import InputError
-from rb_noisy.record import MEMORY, SampleRecord
+from rb_noisy.record import MEMORY, TEMPERATURES, SampleRecord
 from rb_noisy.targets import Batch, make_targets
 
 K, B = 4, 6
@@ -278,6 +278,39 @@ def test_the_transition_matrix_is_that_of_expectation_maximisation():
     assert contradiction[wrong].min() > contradiction[~wrong].max()
 
 
+def test_the_temperature_is_the_one_under_which_the_given_labels_are_likeliest():
+    targets = make_targets("kgr", fit_temperature=True, temperature=1, draw=False)
+    generator = torch.Generator().manual_seed(0)
+    knowledge = (3 * torch.randn(150, K, generator=generator)).softmax(1)
+    true = torch.multinomial(knowledge, 1, generator=generator)[:, 0]
+    given = torch.where(torch.rand(150, generator=generator) < 0.3, (true + 1) % K, true)
+    record = seen_record(given, [([0] * 150, true.tolist())], targets)
+    plain = record.average = knowledge**0.5 / (knowledge**0.5).sum(1, keepdim=True)  # says less than it knows
+
+    def likelihood(temperature):
+        sharp = plain ** (1 / temperature)
+        sharp = sharp / sharp.sum(1, keepdim=True)
+        transition, _ = transition_by_em(sharp, given)
+        return sum((sharp[i] @ transition[:, given[i]]).log().item() for i in range(len(given)))
+
+    targets.begin_epoch(record, 0)
+    best = max(TEMPERATURES, key=likelihood)
+    assert 0.3 < best < 0.8
+    assert record.temperature.item() == pytest.approx(best)
+    sharp = plain ** (1 / best)
+    sharp = sharp / sharp.sum(1, keepdim=True)
+    transition, right = transition_by_em(sharp, given)
+    torch.testing.assert_close(record.transition, transition, atol=1e-5, rtol=1e-4)
+    assert record.noise_rate.item() == pytest.approx(1 - right.mean().item(), abs=1e-5)
+    # The refined label is made of the sharpened p̄; without κ's factor it gives the given label its probability.
+    index = torch.arange(len(given))
+    refined = targets.refined(batch_of(given, epoch=0, steps=10), record)
+    torch.testing.assert_close(refined[index, given], right, atol=1e-5, rtol=1e-4)
+    other = (given + 1) % K
+    share = (1 - right) / (1 - sharp[index, given])
+    torch.testing.assert_close(refined[index, other], share * sharp[index, other], atol=1e-5, rtol=1e-3)
+
+
 def test_samples_that_training_has_not_seen_do_not_move_the_transition_matrix():
     record, _, given, _ = judged_record(make_targets("kgr"))
     transition, _ = transition_by_em(record.average[:30], given[:30])
@@ -306,6 +339,19 @@ def test_kappa_guided_refinement_gives_the_given_label_its_probability_and_spare
     # Without κ the given label keeps exactly its probability.
     record.kappa_average.fill_(0)
     torch.testing.assert_close(targets.refined(batch, record)[index, given], right)
+
+
+def test_a_witness_keeps_its_label_and_only_witnesses_judge():
+    targets = make_targets("kgr", witness_every=4)
+    record, _, given, _ = judged_record(targets)
+    record.kappa_average.fill_(0)
+    targets.begin_epoch(record, 0)
+    transition, _ = transition_by_em(record.average[::4], given[::4])
+    torch.testing.assert_close(record.transition, transition)
+    refined = targets.refined(batch_of(given, epoch=0, steps=10), record)
+    witness = torch.arange(len(given)) % 4 == 0
+    assert torch.equal(refined[witness], F.one_hot(given[witness], K).float())
+    assert (refined[~witness] != F.one_hot(given[~witness], K)).any()
 
 
 def test_kappa_guided_refinement_draws_the_label_that_is_attacked_and_trained_towards(logits):

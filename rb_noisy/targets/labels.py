@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.errors import InputError
-from rb_noisy.record import SampleRecord
+from rb_noisy.record import TEMPERATURES, SampleRecord
 from rb_noisy.targets.base import (
     Assignment,
     Batch,
@@ -102,7 +102,7 @@ class SelfGuided(Targets):
     def refined(self, batch: Batch, record: SampleRecord) -> Tensor:
         """The refined labels (B, K) by the record as it is [SGLR eq. 8]."""
         r = self.share_of_average(batch, record)
-        return r * record.average[batch.index] + (1 - r) * batch.hard
+        return r * record.prior(batch.index) + (1 - r) * batch.hard
 
     def update_average(self, batch: Batch, record: SampleRecord) -> None:
         """p̄ of the batch's samples, on every process [SGLR eq. 8]."""
@@ -146,6 +146,11 @@ class KappaGuided(SelfGuided):
     Attributes:
         r: of a sample whose label is beyond doubt. r_max: of one whose label is certainly wrong.
         draw: train towards a label drawn from the refined one, else towards the refined label itself.
+        fit_temperature: before every epoch, give p̄ the temperature that fits the given labels best
+            (`SampleRecord.judge`), on top of `temperature`, which should then be 1.
+        witness_every: every so many-th training sample is a witness: it keeps the given label (r), and T and the
+            temperature are estimated from the witnesses alone. Of labels that it has refined itself, a weak network
+            says no more than that it was right. 0: no witnesses.
     """
 
     r: float = 0.0
@@ -155,12 +160,15 @@ class KappaGuided(SelfGuided):
     natural_pass: str = "eval"
     r_max: float = 1.0
     draw: bool = True
+    fit_temperature: bool = False
+    witness_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(r_max=self.r_max)
         if self.r_max < self.r:
             raise InputError(f"r_max is {self.r_max}, below r = {self.r}; give at least r")
+        check_at_least(0, witness_every=self.witness_every)
 
     @property
     def averages_from(self) -> int:
@@ -172,7 +180,7 @@ class KappaGuided(SelfGuided):
 
     def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
         if epoch >= self.start_epoch:
-            record.judge()
+            record.judge(temperatures=TEMPERATURES if self.fit_temperature else (1.0,), every=self.witness_every or 1)
 
     def before_attack(self, batch: Batch, record: SampleRecord) -> None:
         if self.averages_before_attack:
@@ -182,6 +190,8 @@ class KappaGuided(SelfGuided):
         # Never attacked (standard training): κ̄ is NaN, and the predictions alone decide.
         kept = (record.kappa_average[batch.index] / max(1, batch.steps)).nan_to_num(0.0).clamp(0, 1)
         doubt = (1 - kept) * record.contradiction(batch.index)
+        if self.witness_every:
+            doubt = doubt * (batch.index % self.witness_every != 0)
         return (self.r + (self.r_max - self.r) * doubt)[:, None]
 
     @torch.no_grad()

@@ -247,6 +247,8 @@ def _run_name(recipe: Recipe, varying: Mapping[str, Any]) -> str:
     data = [_slug(varying.pop("data"))] if "data" in varying else []
     noise = "clean" if recipe.noise == "none" else _slug(recipe.noise)
     noise += "" if recipe.noise_rate is None else _slug(recipe.noise_rate)
+    if recipe.noise == "human" and recipe.noise_options.get("key"):
+        noise += f"-{_slug(recipe.noise_options['key'])}"  # several sets of one file, as CIFAR-N has them
     rest = [_slug(value) if name == "backbone" else _named_slug(name, value) for name, value in varying.items()]
     return "_".join([*data, _slug(recipe.method), noise, *rest, f"seed{recipe.seed}"])
 

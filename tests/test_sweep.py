@@ -56,6 +56,8 @@ def test_names_say_method_noise_and_seed_and_whatever_else_varies():
         "npz-mine_st_clean_small_cnn_seed0",
         "npz-mine_st_clean_resnet18.a1_in1k_seed0",
     ]
+    sets = ["data=digits", "noise=human:/data/n.npz:worse,human:/data/n.npz:aggre,human:/data/mine.csv"]
+    assert names(*sets) == ["pgd-at_human-worse_seed0", "pgd-at_human-aggre_seed0", "pgd-at_human_seed0"]
     ablation = ["data=digits", "method=pgd-at+sglr", "target_options.r=0,0.2", "augment=true,false"]
     assert names(*ablation)[1] == "pgd-at+sglr_clean_r0_augment-false_seed0"
     assert names("data=digits", "milestones=[5,8],[6,9]") == [

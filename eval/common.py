@@ -33,6 +33,7 @@ from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.measures import wilson_interval
+from rb_noisy.recipes import parse_radius
 from rb_noisy.runs import Run
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
@@ -42,7 +43,15 @@ DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Default: t
 CountOption = Annotated[int | None, typer.Option("--n", help="The first N test images. Default: all.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Images attacked at a time.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Default: cuda where there is one, else cpu.")]
-EpsOption = Annotated[float | None, typer.Option("--eps", help="Radius in [0, 1] units. Default: the model's own.")]
+EpsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--eps",
+        parser=parse_radius,
+        metavar="FLOAT",
+        help="Radius in [0, 1] units, or 8/255. Default: the model's own.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of every random number.")]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the figures here instead of into the card or run folder.")
@@ -149,7 +158,7 @@ def load_subject(
     found = _find(model, zoo, checkpoint, dataset, data_root)
     name = dataset or found.data
     if eps is None and found.eps is None:
-        raise InputError(f"{model} has no ε of its own; give --eps, e.g. --eps {8 / 255:.6f}")
+        raise InputError(f"{model} has no ε of its own; give --eps, e.g. --eps 8/255")
     radius = found.eps if eps is None else eps
     if not 0 < radius < float("inf"):
         raise InputError(f"--eps is {radius}; give a number above 0, in units of the image range [0, 1]")

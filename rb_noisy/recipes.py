@@ -18,6 +18,7 @@ from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
 PRECISIONS = ("no", "bf16")
+RADII = ("eps", "alpha", "track_alpha")
 OPTION_FIELDS = (
     *("noise_options", "backbone_options", "objective_options", "target_options"),
     *("criterion_options", "awp_options", "averaging_options"),
@@ -82,7 +83,7 @@ class Recipe:
             "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g. "trades+sglr+awp".
         objective_options, target_options, criterion_options, awp_options, averaging_options: of those parts, e.g.
             {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}; {"gamma": 0.01}; {"decay": 0.999}.
-        eps, alpha: radius and step of the training attack, in units of the image range [0, 1].
+        eps, alpha: radius and step of the training attack, in units of the image range [0, 1]; "8/255" is read too.
         steps, norm: its number of steps, and "Linf" or "L2".
         attack_mode: BatchNorm during the attack, "eval" ([NL]'s lineage, SGLR's code) or "train" (Rice et al.).
         epochs, batch_size: the length of the run; samples per process and step.
@@ -137,6 +138,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in RADII:
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, parse_radius(value, f"recipe: {name}"))
         for f in dataclasses.fields(self):
             _check_type(f.name, f.type, getattr(self, f.name))
         if self.noise.startswith("human:"):
@@ -333,6 +337,19 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
+
+
+def parse_radius(text: str, name: str = "--eps") -> float:
+    """A radius or step size in units of the image range [0, 1], written as in the papers ("8/255") or as a decimal.
+
+    Raises:
+        InputError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{name} is {text!r}; give a number such as 0.2 or 8/255") from None
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def _slug(value: Any) -> str:
     """A value as part of a file name: letters, figures and . + - _, with no path of a file."""
     if isinstance(value, float):
         text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    elif isinstance(value, str):
+    elif isinstance(value, str) and not re.fullmatch(r"[\d.]+/[\d.]+", value):  # 8/255 is no file
         kind, *places = value.split(":")  # npz:/data/mine.npz
         text = "-".join([kind, *(Path(place).stem for place in places)])
     else:

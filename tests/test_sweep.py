@@ -60,6 +60,7 @@ def test_names_say_method_noise_and_seed_and_whatever_else_varies():
     assert names(*sets) == ["pgd-at_human-worse_seed0", "pgd-at_human-aggre_seed0", "pgd-at_human_seed0"]
     ablation = ["data=digits", "method=pgd-at+sglr", "target_options.r=0,0.2", "augment=true,false"]
     assert names(*ablation)[1] == "pgd-at+sglr_clean_r0_augment-false_seed0"
+    assert names("data=digits", "eps=8/255,4/255") == ["pgd-at_clean_eps-8-255_seed0", "pgd-at_clean_eps-4-255_seed0"]
     assert names("data=digits", "milestones=[5,8],[6,9]") == [
         "pgd-at_clean_milestones5-8_seed0",
         "pgd-at_clean_milestones6-9_seed0",

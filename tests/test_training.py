@@ -557,6 +557,8 @@ def test_schedules_follow_their_definition():
         ({"epochs": 1.5}, "epochs is 1.5"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"eps": -1}, "eps is -1"),
+        ({"eps": "8 of 255"}, "recipe: eps is '8 of 255'; give a number such as 0.2 or 8/255"),
+        ({"alpha": "1/0"}, "recipe: alpha is '1/0'"),
         ({"schedule": "onecycl"}, "did you mean onecycle"),
         ({"eps_warmup": 2}, "eps_warmup is 2"),
         ({"target_options": {"q": 1}}, "does not take"),
@@ -573,6 +575,11 @@ def test_what_a_recipe_changes_is_what_was_given():
     assert Recipe(**given).changes() == given
     assert Recipe.from_dict(Recipe(**given).changes()) == Recipe(**given)
     assert Recipe(data="digits").changes() == {"data": "digits", "method": "pgd-at"}
+
+
+def test_radii_are_read_as_the_papers_write_them():
+    recipe = Recipe(data="digits", eps="8/255", alpha="0.01", track_alpha="2/255")
+    assert (recipe.eps, recipe.alpha, recipe.track_alpha) == (8 / 255, 0.01, 2 / 255)
 
 
 def test_options_that_are_no_json_are_named(tmp_path):

@@ -9,6 +9,7 @@ import typer
 
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.errors import InputError
+from rb_noisy.recipes import parse_radius
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +25,13 @@ def annotate(
     ],
     out: Annotated[Path, typer.Option("--out", help="The CSV file to write.")],
     eps: Annotated[
-        float | None, typer.Option("--eps", help="Radius for κ in [0, 1] units. Default: the model's own.")
+        float | None,
+        typer.Option(
+            "--eps",
+            parser=parse_radius,
+            metavar="FLOAT",
+            help="Radius for κ in [0, 1] units, or 8/255. Default: the model's own.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="PGD steps for κ, which is their largest value.")] = 10,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run folder: final or best.")] = "final",

@@ -13,6 +13,7 @@ from torch import Tensor
 from eval import common
 from rb_noisy.attacks import pgd
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.recipes import parse_radius
 
 # Both papers' test attack on CIFAR: ε and α in units of [0, 1]. Other models keep their own ε, with α = ε/4 as in both.
 PRESETS = {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}
@@ -70,6 +71,10 @@ def run(
     return {f"pgd-{steps}": figures}
 
 
+def _alpha(text: str) -> float:
+    return parse_radius(text, "--alpha")
+
+
 def main(
     model: common.ModelOption,
     zoo: common.ZooOption = None,
@@ -79,7 +84,9 @@ def main(
     device: common.DeviceOption = None,
     eps: common.EpsOption = None,
     preset: Annotated[str | None, typer.Option(help="sglr (8/255, 2/255) or nl (0.031, ε/4).")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Step size. Default: ε/4.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(parser=_alpha, metavar="FLOAT", help="Step size, also 2/255. Default: ε/4.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,

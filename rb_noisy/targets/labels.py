@@ -140,6 +140,10 @@ class KappaGuided(SelfGuided):
 
     On MNIST the factor of κ changed no accuracy (README, Results): what carries the method is qᵢ and the drawn label.
 
+    The defaults are for networks that are right more often than the given labels. A weaker one confirms its own
+    mistakes: for it, give `draw = False`, `temperature = 1` with `fit_temperature`, `witness_every = 5` and a later
+    start (the study `refinement-weak`).
+
     With `r_max = r`, `draw = False` and start epoch 0 this is SGLR; with rᵢ in {0, 1}, momentum 0 and a sharp natural
     prediction it is the annotator.
 

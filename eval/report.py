@@ -124,7 +124,12 @@ COLUMNS = {"sglr": sglr_report, "nl": nl_report}
 
 
 def group_seeds(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but seeds, together; clean labels first, then by kind and rate of the noise."""
+    """Runs that differ in nothing but seeds, together; clean labels first, then by kind and rate of the noise.
+
+    Rows of one method are in the order of its numbers, 1 before 1.5, which folder names are not.
+    """
+    runs = list(runs)
+    methods = list(dict.fromkeys(run.recipe.method for run in runs))
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {name: value for name, value in run.recipe.to_dict().items() if name not in SEEDS}
@@ -132,7 +137,8 @@ def group_seeds(runs: Iterable[Run]) -> list[list[Run]]:
 
     def order(row: list[Run]) -> tuple:
         recipe = row[0].recipe
-        return recipe.noise != "none", recipe.noise, recipe.noise_rate or 0.0
+        options = sorted((k, v) for k, v in recipe.target_options.items() if isinstance(v, int | float))
+        return recipe.noise != "none", recipe.noise, recipe.noise_rate or 0.0, methods.index(recipe.method), options
 
     return sorted((sorted(row, key=lambda run: run.recipe.seed) for row in groups.values()), key=order)
 

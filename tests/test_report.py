@@ -243,3 +243,12 @@ def test_every_format_shows_the_same_figures(tmp_path):
     assert float(row["natural drop"]) == pytest.approx(20)
     assert (row["natural drop half-width"], row["natural drop n"]) == ("", "1")
     assert "10 steps" in row["caption"]
+
+
+def test_rows_of_one_method_are_in_the_order_of_its_numbers(tmp_path):
+    for r in (0.2, 0):
+        for temperature in (1.5, 1):
+            options = {"r": r, "temperature": temperature}
+            write_run(tmp_path / f"r{r}_{temperature}", (0.9,), (0.8,), method="pgd-at+sglr", target_options=options)
+    rows = report.sglr_report(report.collect_runs([tmp_path])).rows
+    assert [row.labels[1:] for row in rows] == [("0", "1"), ("0", "1.5"), ("0.2", "1"), ("0.2", "1.5")]

@@ -44,7 +44,9 @@ class SampleRecord:
         self.votes = torch.zeros_like(self.average)
         self.noise_rate = torch.tensor(0.0, device=labels.device)
         self.transition = torch.eye(num_classes, device=labels.device)
-        self.temperature = torch.tensor(1.0, device=labels.device)
+        self.temperature = torch.tensor(
+            1.0
+        )  # on the CPU: it is read for every batch, which must not wait for the device
 
     def observe(self, index: Tensor, kappa: Tensor | None, loss: Tensor, prediction: Tensor) -> None:
         """Enter what a training pass showed of the samples in `index`, each (B,)."""
@@ -65,16 +67,19 @@ class SampleRecord:
         return _tempered(self.average[index], float(self.temperature))
 
     @torch.no_grad()
-    def judge(self, iterations: int = 20, temperatures: tuple[float, ...] = (1.0,), every: int = 1) -> None:
+    def judge(
+        self, iterations: int = 20, temperatures: tuple[float, ...] = (1.0,), among: Tensor | None = None
+    ) -> None:
         """Estimate the label transition matrix and the noise rate by expectation maximisation, p̄ every sample's prior.
 
         E: qᵢ(k) ∝ p̄ᵢ(k)·T(k, ỹᵢ); M: T(k, j) ∝ Σ qᵢ(k)·[ỹᵢ = j] (Dawid & Skene 1979, with a classifier's prior).
         Of `temperatures`, p̄ takes the one under which the given labels are likeliest, Σᵢ log Σₖ p̄ᵢ(k)·T(k, ỹᵢ), since a
         network is less sure than it could be while it is trained towards wrong labels, and surer once they are refined.
-        Samples that training has not seen do not count; of the others, with `every` above 1, but every so many-th.
+        Samples that training has not seen do not count, nor those outside `among`, (N,) bool.
         """
         seen = self.votes.sum(1) > 0  # of the others p̄ is but the given label
-        seen &= torch.arange(len(seen), device=seen.device) % every == 0
+        if among is not None:
+            seen &= among
         if not seen.any():
             return
         labels, best = self.labels[seen], None

@@ -184,7 +184,14 @@ class KappaGuided(SelfGuided):
 
     def begin_epoch(self, record: SampleRecord, epoch: int) -> None:
         if epoch >= self.start_epoch:
-            record.judge(temperatures=TEMPERATURES if self.fit_temperature else (1.0,), every=self.witness_every or 1)
+            record.judge(
+                temperatures=TEMPERATURES if self.fit_temperature else (1.0,),
+                among=self.witnesses(torch.arange(len(record.labels), device=record.labels.device)),
+            )
+
+    def witnesses(self, index: Tensor) -> Tensor | None:
+        """(B,) bool, which of these samples are witnesses; None where there are none."""
+        return index % self.witness_every == 0 if self.witness_every else None
 
     def before_attack(self, batch: Batch, record: SampleRecord) -> None:
         if self.averages_before_attack:
@@ -194,8 +201,8 @@ class KappaGuided(SelfGuided):
         # Never attacked (standard training): κ̄ is NaN, and the predictions alone decide.
         kept = (record.kappa_average[batch.index] / max(1, batch.steps)).nan_to_num(0.0).clamp(0, 1)
         doubt = (1 - kept) * record.contradiction(batch.index)
-        if self.witness_every:
-            doubt = doubt * (batch.index % self.witness_every != 0)
+        if (witnesses := self.witnesses(batch.index)) is not None:
+            doubt = doubt * ~witnesses
         return (self.r + (self.r_max - self.r) * doubt)[:, None]
 
     @torch.no_grad()

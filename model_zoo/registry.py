@@ -7,16 +7,18 @@ ships with the package is used unless another place is named: a folder, or `hf:/
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
-from rb_noisy.runs import Run, load_weights
+from rb_noisy.runs import Run, load_weights, save_tensors
 
 BUILT_IN = Path(__file__).parent
 Card = dict[str, Any]
@@ -139,13 +141,18 @@ def _read(file: Path) -> Card:
 def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
     """The weights of a card, once their SHA-256 is what the card says.
 
+    Where the zoo has only the card, and the card names a place on the Hub, they are fetched into the Hub's cache, with
+    a progress bar; where the connection breaks, the download goes on from there.
+
     Raises:
-        InputError: missing, truncated or altered weights, or a file name that leaves the zoo.
+        InputError: missing, truncated or altered weights, a file name that leaves the zoo, no way to the Hub.
     """
     weights = card["weights"]
     if Path(weights["file"]).name != weights["file"] or not weights["file"].endswith(".safetensors"):
         raise InputError(f"the card of {card['name']} names {weights['file']!r} as weights; want a plain .safetensors")
     file = zoo_folder(zoo) / "weights" / weights["file"]
+    if not file.is_file() and "hub" in weights:
+        file = _from_hub(card["name"], weights["hub"], weights["file"])
     if not file.is_file():
         raise InputError(f"the weights of {card['name']} are missing ({file}); install again, or get the file again")
     if file.stat().st_size != weights["bytes"]:
@@ -158,27 +165,45 @@ def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
     return file
 
 
+def _from_hub(name: str, repo: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, f"weights/{file}"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"the weights of {name} cannot be fetched from hf://{repo} ({type(error).__name__}); check the network and "
+            f"try again, or put {file} into the zoo's folder weights"
+        ) from error
+
+
 def publish(
     run_dir: str | Path,
     name: str,
     *,
     zoo: str | Path | None = None,
     checkpoint: str = "final",
+    half: bool = False,
+    hub: str | None = None,
     authors: str = "",
     link: str = "",
     overwrite: bool = False,
 ) -> Path:
     """Copy a run's weights into a zoo and write its card; the card's path.
 
-    Figures that the evaluation commands measured on that checkpoint of the run come along.
+    Figures that the evaluation commands measured on that checkpoint of the run come along, unless `half` changes it.
 
     Args:
         name: lower-case letters, digits and underscores; what `load_model` takes.
         checkpoint: "final", or "best" (chosen on the test set unless the recipe held out a validation set).
+        half: round the weights to half precision (fp16), half the bytes; `load_model` gives an fp32 network of them.
+        hub: "USER/REPO" on the Hugging Face Hub, for a zoo that keeps only the card of large weights. They are written
+            here as always; upload the file to `weights/` there before it is deleted here.
         overwrite: replace a model of that name; its measured figures are dropped.
 
     Raises:
-        InputError: an unfinished run, a name that is taken or malformed.
+        InputError: an unfinished run, a name that is taken or malformed, weights beyond the range of fp16.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} cannot be a model's name; use lower-case letters, digits and underscores")
@@ -194,23 +219,36 @@ def publish(
         raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
     old_weights = _read(old)["weights"]["file"] if old else None
 
-    source = run.path / f"{checkpoint}.safetensors"
-    digest = sha256(source)
+    with TemporaryDirectory() as scratch:
+        source = run.path / f"{checkpoint}.safetensors"
+        if half:
+            source = _halved(model, Path(scratch) / source.name)
+        weights = source.read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
     card = run_card(run, name, checkpoint) | {"authors": authors, "link": link}
     card["parameters"] = sum(p.numel() for p in model.parameters())
     # The hash in the file name lets the card switch from old weights to new ones in one rename.
-    card["weights"] = {"file": f"{name}-{digest[:8]}.safetensors", "sha256": digest, "bytes": source.stat().st_size}
+    card["weights"] = {"file": f"{name}-{digest[:8]}.safetensors", "sha256": digest, "bytes": len(weights)}
+    card["weights"] |= {"precision": "fp16" if half else "fp32"} | ({"hub": hub} if hub else {})
     for evaluation, figures in read_results(results_file(run.path, checkpoint)).items():
         if figures["weights_sha256"] == digest:
             enter_figures(card, evaluation, figures)
     with atomic_path(root / "weights" / card["weights"]["file"]) as temporary:
-        temporary.write_bytes(source.read_bytes())
+        temporary.write_bytes(weights)
     file = root / "model_info" / card["dataset"] / card["threat_model"] / f"{name}.json"
     write_json(file, card)
     if old and old != file:
         old.unlink()
     if old_weights and old_weights != card["weights"]["file"]:
         (root / "weights" / old_weights).unlink(missing_ok=True)
+    return file
+
+
+def _halved(model: nn.Module, file: Path) -> Path:
+    state = {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}
+    if beyond := [name for name, v in state.items() if not v.isfinite().all()]:
+        raise InputError(f"{beyond[0]} has values beyond the range of fp16 (65504); publish in full precision")
+    save_tensors(state, file, {})
     return file
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
 
 Norm = Literal["Linf", "L2"]
@@ -87,6 +88,7 @@ def pgd(
     start_radius: float | None = None,
     project: bool = True,
     kappa_labels: Tensor | None = None,
+    check_images: bool = True,
 ) -> AttackResult:
     """PGD-n, with κ at no further forward pass.
 
@@ -109,11 +111,12 @@ def pgd(
         project: False leaves out the projection onto the ε-ball, not the cut to [0, 1] (N-FGSM).
         kappa_labels: labels (N,) int64 that κ, `broken` and `final_correct` are measured against instead of y; y
             stays what the attack moves away from.
+        check_images: look whether x is in [0, 1]; on a GPU that waits for all work that is queued there.
 
     Raises:
         InputError: a setting out of range, images outside [0, 1] or not 4-dimensional, labels of another length.
     """
-    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition, images=check_images)
     judged = y if kappa_labels is None else kappa_labels
     if judged.shape != y.shape:
         raise InputError(f"{tuple(judged.shape)} kappa_labels for {len(x)} images; give one integer label per image")
@@ -265,7 +268,7 @@ def _start(x: Tensor, radius: float, norm: Norm, random_start: bool | str, gener
 
     # Drawn on the CPU so that one seed means the same start on every device.
     def draw(sampler: Callable[..., Tensor], shape: torch.Size) -> Tensor:
-        return sampler(shape, generator=generator, dtype=x.dtype).to(x.device)
+        return to_device(sampler(shape, generator=generator, dtype=x.dtype), x.device)
 
     if random_start == "gaussian":
         delta = 0.001 * draw(torch.randn, x.shape)
@@ -321,7 +324,17 @@ def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
     return ATTACK_LOSSES[loss]
 
 
-def _check(x: Tensor, y: Tensor | None, *, eps: float, alpha: float, steps: int, norm: str, definition: str) -> None:
+def _check(
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: str,
+    definition: str,
+    images: bool = True,
+) -> None:
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     if definition not in DEFINITIONS:
@@ -335,7 +348,7 @@ def _check(x: Tensor, y: Tensor | None, *, eps: float, alpha: float, steps: int,
         raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")
     if y is not None and y.shape != x.shape[:1]:
         raise InputError(f"{tuple(y.shape)} labels for {len(x)} images; give one integer label per image")
-    if len(x):
+    if images and len(x):
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):
             raise InputError(f"the images span [{low:.4g}, {high:.4g}]; scale them to [0, 1], without NaN")

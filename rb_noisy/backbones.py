@@ -70,6 +70,7 @@ class CifarResNet(nn.Module):
         widths: channels of each stage.
         stem: channels of the stem.
         preact: pre-activation blocks (and one BatchNorm after the last), else timm's `BasicBlock`.
+        width: multiplies the channels of stem and stages, rounded; half of them take a quarter of the arithmetic.
         stem_stride: 2 halves the image at once and takes a quarter of the time, for trials on a CPU.
         mean, std: per-channel statistics of images in [0, 1]; None leaves the input as it is.
     """
@@ -84,11 +85,15 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        width: float = 1.0,
         stem_stride: int = 1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
         super().__init__()
+        stem, *widths = (round(width * channels) for channels in (stem, *widths))
+        if min(stem, *widths) < 1:
+            raise InputError(f"width is {width}, which leaves a layer without channels; give a larger share")
         self.num_classes, self.num_features = num_classes, widths[-1]
         self.head_hidden_size = self.num_features
         self.normalize = Normalize(in_chans, mean, std)
@@ -97,15 +102,15 @@ class CifarResNet(nn.Module):
         block: Callable[[int, int, int], nn.Module] = PreActBlock if preact else _post_act_block
         stages, in_chs, reduction = [], stem, stem_stride
         self.feature_info = []
-        for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        for index, (depth, channels) in enumerate(zip(depths, widths, strict=True)):
             strides = [1 if index == 0 else 2] + [1] * (depth - 1)
             blocks = []
             for stride in strides:
-                blocks.append(block(in_chs, width, stride))
-                in_chs = width
+                blocks.append(block(in_chs, channels, stride))
+                in_chs = channels
             reduction *= strides[0]
             stages.append(nn.Sequential(*blocks))
-            self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"stages.{index}"})
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{index}"})
         self.stages = nn.Sequential(*stages)
         self.norm = nn.Sequential(nn.BatchNorm2d(in_chs), nn.ReLU()) if preact else nn.Identity()
         self.head = ClassifierHead(in_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate)

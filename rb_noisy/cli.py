@@ -52,6 +52,12 @@ def train(
     like: Annotated[str | None, typer.Option("--like", help="Start from the recipe of a zoo model.")] = None,
     zoo: ZooOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes, to be continued with --resume.")
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Within an epoch, save what --resume continues from after so many minutes.")
+    ] = 10.0,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
@@ -93,7 +99,23 @@ def train(
             def on_epoch(line: dict[str, Any]) -> None:
                 console.print(_epoch_line(line, chosen.epochs), soft_wrap=True)
 
-            run = run_training(chosen, out, resume, data_root=data_root, on_batch=on_batch, on_epoch=on_epoch)
+            run = run_training(
+                chosen,
+                out,
+                resume,
+                checkpoint_minutes=checkpoint_minutes,
+                max_minutes=max_minutes,
+                data_root=data_root,
+                on_batch=on_batch,
+                on_epoch=on_epoch,
+            )
+        if not run.finished:
+            console.print(
+                f"{out}: stopped after {max_minutes:g} minutes, {len(run.metrics)} of {chosen.epochs} epochs finished; "
+                f"continue with: rb-noisy train --out {out} --resume",
+                soft_wrap=True,
+            )
+            return
         best, final = run.metrics[run.best_epoch], run.metrics[-1]
         console.print(
             f"{out}: best PGD-{chosen.track_steps} {best['test_pgd_acc']:.2%} (epoch {run.best_epoch + 1}), "
@@ -120,6 +142,10 @@ def publish(
     name: Annotated[str, typer.Argument(help="What load_model will take.")],
     zoo: Annotated[str | None, typer.Option(help="The zoo's folder. Default: the one that ships.")] = None,
     checkpoint: Annotated[str, typer.Option(help="final or best.")] = "final",
+    half: Annotated[bool, typer.Option("--half", help="Round the weights to half precision: half the bytes.")] = False,
+    hub: Annotated[
+        str | None, typer.Option(help="USER/REPO on the Hugging Face Hub that large weights are fetched from.")
+    ] = None,
     authors: Annotated[str, typer.Option(help="For the card.")] = "",
     link: Annotated[str, typer.Option(help="For the card.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
@@ -128,7 +154,8 @@ def publish(
     from model_zoo.registry import publish as publish_run
 
     with user_errors():
-        card = publish_run(run, name, zoo=zoo, checkpoint=checkpoint, authors=authors, link=link, overwrite=overwrite)
+        about = {"hub": hub, "authors": authors, "link": link}
+        card = publish_run(run, name, zoo=zoo, checkpoint=checkpoint, half=half, overwrite=overwrite, **about)
         place = f" --zoo {zoo}" if zoo else ""
         console.print(f"published {card}; evaluate it with: python -m eval --model {name}{place}", soft_wrap=True)
 

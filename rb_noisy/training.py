@@ -1,9 +1,12 @@
 """The loop that carries out a recipe, and the run folder it leaves.
 
 A run folder holds `run.json` (the recipe and the shape of the data), `metrics.jsonl` (one line per epoch),
-`best.safetensors` and `final.safetensors` (weights) and `state.safetensors` (what `resume` continues from, after every
-epoch). Each file is whole or absent. Random numbers are drawn from (seed, epoch, process), so that a resumed epoch
-draws what the uninterrupted one would have drawn.
+`best.safetensors` and `final.safetensors` (weights) and `state.safetensors` (what `resume` continues from, see
+`rb_noisy.checkpoint`). Each file is whole or absent. Random numbers are drawn from (seed, epoch, process), so that a
+resumed epoch draws what the uninterrupted one would have drawn.
+
+The training images lie on the device as bytes where they are bytes. Within an epoch the host never waits for the
+device, but for a checkpoint, and where a target decides anew which label to attack (`kgr`, `annotator`).
 
 Which passes move the BatchNorm statistics: the training pass on x̃, then the one on x where the method has one (so
 that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`; with AWP
@@ -26,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, pgd
-from rb_noisy.data import Dataset, augment
+from rb_noisy.checkpoint import Checkpoint, Progress
+from rb_noisy.data import Dataset, augment, from_bytes, to_bytes
+from rb_noisy.device import to_device
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.recipes import Recipe
@@ -35,7 +40,6 @@ from rb_noisy.runs import (
     Run,
     check_folder,
     history_file,
-    load_groups,
     load_teacher,
     read_metrics,
     save_tensors,
@@ -45,6 +49,9 @@ from rb_noisy.targets import Assignment, Batch
 from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
 from rb_noisy.weights import Averager, kept_buffers
+
+# Several processes ask each other for the time only every so many steps: the answer has to be waited for.
+CLOCK_STEPS = 20
 
 
 class TrainingDiverged(RuntimeError):
@@ -56,11 +63,13 @@ def train(
     run_dir: str | Path,
     resume: bool = False,
     *,
+    checkpoint_minutes: float = 10.0,
+    max_minutes: float | None = None,
     data_root: str | Path | None = None,
     on_batch: Callable[[int, int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Run:
-    """Carry out a recipe and leave a run folder.
+    """Carry out a recipe and leave a run folder, whose `finished` says whether the time was enough.
 
     Device, bf16 and several processes come from Accelerate: start with `accelerate launch` (GPUs) or `torchrun` for
     more than one. On a CPU the same recipe on the same number of processes gives the same weights bit by bit, also when
@@ -68,7 +77,10 @@ def train(
 
     Args:
         run_dir: the folder to write; must not hold a run unless `resume`.
-        resume: continue from the last finished epoch of the run there (or start, if there is none).
+        resume: continue from the last checkpoint of the run there (or start, if there is none), on any number of
+            processes.
+        checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
+        max_minutes: after so many minutes, finish the step under way, write a checkpoint and return; None for no limit.
         data_root: where data sets are kept, see `rb_noisy.data.load_data`.
         on_batch: called with (epoch, batches done, batches in the epoch).
         on_epoch: called with the metrics of each finished epoch.
@@ -77,10 +89,19 @@ def train(
         InputError: the folder holds another run, or the recipe cannot be carried out.
         TrainingDiverged: the loss became NaN or infinite.
     """
-    return _Trainer(recipe, Path(run_dir), resume, data_root).run(on_batch, on_epoch)
+    started = time.monotonic()
+    for name, minutes in (("checkpoint_minutes", checkpoint_minutes), ("max_minutes", max_minutes)):
+        if minutes is not None and not minutes > 0:
+            raise InputError(f"{name} is {minutes}; give a number above 0")
+    trainer = _Trainer(recipe, Path(run_dir), resume, data_root)
+    trainer.started, trainer.checkpoint_minutes = started, checkpoint_minutes
+    trainer.max_minutes = math.inf if max_minutes is None else max_minutes
+    return trainer.run(on_batch, on_epoch)
 
 
 class _Trainer:
+    checkpoint_minutes, max_minutes = 10.0, math.inf
+
     def __init__(self, recipe: Recipe, path: Path, resume: bool, data_root: str | Path | None):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -101,7 +122,7 @@ class _Trainer:
         self.criterion, self.awp = recipe.make_criterion(), recipe.make_awp()
 
         data, labels = training_set(recipe, data_root)
-        self.x, self.y = data.x_train.to(self.device), labels.given.to(self.device)
+        self.x, self.y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
         self.tracker = Tracker(recipe, data, labels, _seed)
 
         torch.manual_seed(_seed(recipe.seed, 0))
@@ -119,7 +140,11 @@ class _Trainer:
         self._try_forward(data)
         self.class_names = data.class_names
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            self.model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=self.device.type == "cuda",
         )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         averaging = recipe.make_averaging()
@@ -130,7 +155,11 @@ class _Trainer:
             if name != "average"
         }
         self.record = SampleRecord(self.y, data.num_classes, self.targets.start_average)
-        self.first_epoch, self.best = self._begin(resume)
+        state = path / "state.safetensors"
+        self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
+        self.started = time.monotonic()
+        self.progress = self._begin(resume)
+        self.saved = "no checkpoint was written" if self.progress == Progress() else f"{state} ({self.progress})"
 
     @property
     def evaluated(self) -> nn.Module:
@@ -142,69 +171,120 @@ class _Trainer:
         on_batch: Callable[[int, int, int], None] | None,
         on_epoch: Callable[[dict[str, Any]], None] | None,
     ) -> Run:
-        for epoch in range(self.first_epoch, self.recipe.epochs):
-            started = time.perf_counter()
-            trained = self._train_epoch(epoch, on_batch)
+        began = self.progress
+        self.next_checkpoint = self.checkpoint_minutes
+        while self.progress.epoch < self.recipe.epochs:
+            trained = self._train_epoch(on_batch)
+            if trained is None:
+                break
+            before, metrics = self.progress, {"epoch": self.progress.epoch, **trained}
             if self.accelerator.is_main_process:
-                metrics = {"epoch": epoch, **trained}
-                metrics |= self.tracker.measure(self.evaluated, epoch, self.device)
-                metrics["seconds"] = round(time.perf_counter() - started, 3)
-                self._save(epoch, metrics)
-                if on_epoch is not None:
-                    on_epoch(metrics)
+                metrics |= self.tracker.measure(self.evaluated, before.epoch, self.device)
+                metrics["seconds"] = round(before.seconds + time.perf_counter() - self.epoch_started, 3)
+                self._save_epoch(metrics)
+            # The state comes last: a kill before it repeats the epoch, and the metrics are cut back to it.
+            self._save(Progress(before.epoch + 1, best=before.best))
+            if on_epoch is not None and self.accelerator.is_main_process:
+                on_epoch(metrics)
             self.accelerator.wait_for_everyone()
+            if self._minutes(0) >= self.max_minutes:
+                break
+        done = self.progress.epoch == self.recipe.epochs
         final = self.path / "final.safetensors"
-        if self.accelerator.is_main_process and (self.first_epoch < self.recipe.epochs or not final.is_file()):
-            save_weights(self.evaluated, self.path / "final.safetensors")
+        if done and self.accelerator.is_main_process and (began is not self.progress or not final.is_file()):
+            save_weights(self.evaluated, final)
         self.accelerator.wait_for_everyone()
         return Run.open(self.path)
 
-    def _train_epoch(self, epoch: int, on_batch: Callable[[int, int, int], None] | None) -> dict[str, float]:
+    def _train_epoch(self, on_batch: Callable[[int, int, int], None] | None) -> dict[str, float] | None:
+        """The rest of the epoch under way; None where the time is up within it."""
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(_seed(recipe.seed, 2, epoch, rank))  # dropout
-        draws = torch.Generator().manual_seed(_seed(recipe.seed, 3, epoch, rank))  # crops, flips, random starts
+        progress, self.epoch_started = self.progress, time.perf_counter()
+        epoch, chunk = progress.epoch, recipe.batch_size * world
+        fresh = (progress.done,) if progress.done else ()  # for as many processes as before, the states go on
+        torch.manual_seed(_seed(recipe.seed, 2, epoch, rank, *fresh))  # dropout
+        draws = torch.Generator().manual_seed(_seed(recipe.seed, 3, epoch, rank, *fresh))  # crops, flips, random starts
+        _set_random(progress.random, draws, self.device)
         shared = torch.Generator().manual_seed(_seed(recipe.seed, 4, epoch))  # the same order on every process
         train_index = self.tracker.train_index
-        order = train_index[torch.randperm(len(train_index), generator=shared)]
-        order = order[: len(order) // world * world]
-        batches = [batch for batch in order[rank::world].split(recipe.batch_size) if len(batch) > 1]
-        if not batches:
+        order = to_device(train_index[torch.randperm(len(train_index), generator=shared)], self.device)
+        batches = self._own_batches(order[progress.done :])
+        if not batches and not progress.done:
             raise InputError(f"{len(train_index)} training samples are too few for {world} processes")
-        self.targets.begin_epoch(self.record, epoch)
-        self.record.forget_epoch()
-        losses, norms = [], []
+        first = progress.done / chunk  # not a whole number where another number of processes began the epoch
+        total = first + len(batches)
+        if not progress.done:
+            self.targets.begin_epoch(self.record, epoch)
+            self.record.forget_epoch()
         for step, batch in enumerate(batches):
-            progress = epoch + step / len(batches)
+            share = epoch + (first + step) / total
             for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(progress)
-            loss, norm = self._train_step(batch.to(self.device), epoch, progress, draws)
-            if not torch.isfinite(loss):
-                raise self._diverged(f"the loss is {loss.item()}", epoch, step)
+                group["lr"] = recipe.learning_rate(share)
+            loss, norm = self._train_step(batch, epoch, share, draws)
             if self.averager is not None:
                 self.averager.after_step(self.model)
-            losses.append(loss)
-            norms.append(norm)
+            progress.losses.append(loss)
+            progress.norms.append(norm)
+            progress.done += chunk
+            if self.device.type == "cpu":  # where there is nothing to wait for
+                self._check_losses()
             if on_batch is not None:
-                on_batch(epoch, step + 1, len(batches))
+                on_batch(epoch, round(first) + step + 1, round(total))
+            if step + 1 < len(batches) and self._pause(step + 1, draws):
+                return None
+        self._check_losses()
         self._average_buffers(self.model)
         if self.averager is not None:
             self.averager.after_epoch(self.model, (epoch + 1) / recipe.epochs)
-            images = (self.x[batch.to(self.device)] for batch in batches)
+            images = (from_bytes(self.x[batch]) for batch in self._own_batches(order))
             self.averager.refresh_statistics(x.contiguous(memory_format=torch.channels_last) for x in images)
             self._average_buffers(self.averager.model)
-        # The last step may have broken what its loss did not show yet; such weights are never saved.
-        if not all(torch.isfinite(v).all() for v in self.model.state_dict().values() if v.is_floating_point()):
-            raise self._diverged("the weights are no longer finite", epoch, len(batches) - 1)
+        self._check_weights()
         return {
             "learning_rate": recipe.learning_rate(epoch),
-            "train_loss": torch.stack(losses).mean().item(),
-            "gradient_norm": torch.stack(norms).mean().item(),
+            "train_loss": self._mean(progress.losses),
+            "gradient_norm": self._mean(progress.norms),
         }
+
+    def _own_batches(self, order: Tensor) -> list[Tensor]:
+        """This process' share of each global batch; as many batches, of the same sizes, on every process."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = order[: len(order) // world * world][rank::world]
+        return [batch for batch in own.split(self.recipe.batch_size) if len(batch) > 1]
+
+    def _pause(self, step: int, draws: torch.Generator) -> bool:
+        """Write a checkpoint within the epoch if one is due; whether the time is up."""
+        minutes = self._minutes(step)
+        if minutes < min(self.next_checkpoint, self.max_minutes):
+            return False
+        self._check_losses()
+        self._check_weights()
+        now = time.perf_counter()
+        self.progress.seconds += now - self.epoch_started
+        self.epoch_started = now
+        self.progress.random = _get_random(draws, self.device)
+        self._save(self.progress)
+        self.next_checkpoint = minutes + self.checkpoint_minutes
+        return minutes >= self.max_minutes
+
+    def _minutes(self, step: int) -> float:
+        """Minutes since the start, the same on every process; −inf where they do not ask each other at this step."""
+        minutes = (time.monotonic() - self.started) / 60
+        if self.accelerator.num_processes == 1:
+            return minutes
+        if step % CLOCK_STEPS:
+            return -math.inf
+        return self._gather(torch.tensor([minutes], device=self.device)).max().item()
+
+    def _mean(self, values: list[Tensor]) -> float:
+        """Over the steps and the processes."""
+        mean = torch.stack(values).mean()
+        return self._gather(mean[None]).mean().item() if self.accelerator.num_processes > 1 else mean.item()
 
     def _train_step(self, index: Tensor, epoch: int, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """One optimiser step on the samples `index`; the loss and the gradient norm, both on the device."""
         recipe = self.recipe
-        x, y = self.x[index], self.y[index]
+        x, y = from_bytes(self.x[index]), self.y[index]
         if recipe.augment:
             x = augment(x, generator=draws)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -277,6 +357,7 @@ class _Trainer:
             generator=batch.draws,
             mode=recipe.attack_mode,
             kappa_labels=batch.y,
+            check_images=False,  # they are the data set's; to look at them is to wait for the device
         )
         batch.x_adv = attack.x_adv
         return attack
@@ -333,11 +414,22 @@ class _Trainer:
                 if buffer.is_floating_point():
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
-    def _diverged(self, what: str, epoch: int, batch: int) -> TrainingDiverged:
-        state = self.path / "state.safetensors"
-        good = f"the last good checkpoint is {state} (epoch {epoch})" if epoch else "no epoch had finished"
+    def _check_losses(self) -> None:
+        losses = torch.stack(self.progress.losses)
+        if losses[-1].isfinite() if self.device.type == "cpu" else losses.isfinite().all():
+            return
+        batch = int((~losses.isfinite()).nonzero()[0])
+        raise self._diverged(f"the loss is {losses[batch].item()}", batch)
+
+    def _check_weights(self) -> None:
+        """The last step may have broken what its loss did not show yet; such weights are never saved."""
+        if not all(torch.isfinite(v).all() for v in self.model.state_dict().values() if v.is_floating_point()):
+            raise self._diverged("the weights are no longer finite", len(self.progress.losses) - 1)
+
+    def _diverged(self, what: str, batch: int) -> TrainingDiverged:
         return TrainingDiverged(
-            f"{what} in epoch {epoch + 1}, batch {batch + 1}; {good}; lower the learning rate (lr) or raise eps_warmup"
+            f"{what} in epoch {self.progress.epoch + 1}, batch {batch + 1}; the last good checkpoint: {self.saved}; "
+            "lower the learning rate (lr) or raise eps_warmup"
         )
 
     @torch.no_grad()
@@ -352,65 +444,35 @@ class _Trainer:
                 "choose another, or set its size in backbone_options"
             ) from error
 
-    def _begin(self, resume: bool) -> tuple[int, float]:
-        """Write `run.json`, or take up the run that is there: the first epoch to do, and the best score so far."""
+    def _begin(self, resume: bool) -> Progress:
+        """Write `run.json`, or take up the run that is there: how far it is."""
         fresh = check_folder(self.path, self.recipe, resume)
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
         if fresh and self.accelerator.is_main_process:
             about = {"model_options": self.model_options, "class_names": self.class_names}
             write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
-        state = self.path / "state.safetensors"
-        return (0, -math.inf) if fresh or not state.exists() else self._restore(state)
+        return Progress() if fresh or not self.checkpoint.file.exists() else self.checkpoint.load()
 
-    def _save(self, epoch: int, metrics: dict[str, Any]) -> None:
-        if metrics["selection_pgd_acc"] > self.best:
-            self.best = metrics["selection_pgd_acc"]
+    def _save_epoch(self, metrics: dict[str, Any]) -> None:
+        """What an epoch leaves, but for the state."""
+        epoch = metrics["epoch"]
+        if metrics["selection_pgd_acc"] > self.progress.best:
+            self.progress.best = metrics["selection_pgd_acc"]
             save_weights(self.evaluated, self.path / "best.safetensors")
-        self._save_history(epoch)
-        # The state comes last: a kill before it repeats this epoch, and the metrics are cut back to it.
-        lines = [*read_metrics(self.path)[:epoch], metrics]
-        with atomic_path(self.path / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        momentum = {str(n): s.get("momentum_buffer") for n, s in self.optimizer.state_dict()["state"].items()}
-        groups = {
-            "model": self.model.state_dict(),
-            "record": self.record.state_dict(),
-            "averager": {} if self.averager is None else self.averager.state_dict(),
-            "optimizer": {number: buffer for number, buffer in momentum.items() if buffer is not None},
-        }
-        tensors = {f"{group}.{name}": v for group, named in groups.items() for name, v in named.items()}
-        save_tensors(tensors, self.path / "state.safetensors", {"epoch": str(epoch), "best": repr(self.best)})
-
-    def _save_history(self, epoch: int) -> None:
         history = {
             "kappa": self.record.kappa.to(torch.int16),
             "loss": self.record.loss,
             "prediction": self.record.prediction.to(torch.int16),
         }
         save_tensors(history, history_file(self.path, epoch), {})
+        lines = [*read_metrics(self.path)[:epoch], metrics]
+        with atomic_path(self.path / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def _restore(self, file: Path) -> tuple[int, float]:
-        groups, metadata = load_groups(file, ("epoch", "best"))
-        epoch, best = int(metadata["epoch"]), float(metadata["best"])
-        lines = len(read_metrics(self.path))
-        if lines <= epoch:
-            raise InputError(
-                f"{self.path / 'metrics.jsonl'} has {lines} lines but {epoch + 1} epochs are finished; restore it, or "
-                "delete state.safetensors to start over"
-            )
-        self.model.load_state_dict(groups["model"])
-        self.record.load_state_dict(groups["record"])
-        if self.averager is not None:
-            self.averager.load_state_dict(groups["averager"])
-        optimizer = self.optimizer.state_dict()
-        # A momentum buffer has the memory format of its parameter: the arithmetic depends on it.
-        parameters = list(self.model.parameters())
-        optimizer["state"] = {
-            int(number): {"momentum_buffer": torch.empty_like(parameters[int(number)]).copy_(buffer)}
-            for number, buffer in groups["optimizer"].items()
-        }
-        self.optimizer.load_state_dict(optimizer)
-        return epoch + 1, best
+    def _save(self, progress: Progress) -> None:
+        self.progress = progress
+        self.checkpoint.save(progress)
+        self.saved = f"{self.checkpoint.file} ({progress})"
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:
@@ -421,3 +483,16 @@ def _statistics(x: Tensor) -> dict[str, list[float]]:
 def _seed(*keys: int) -> int:
     """An independent stream for each purpose, epoch and process, from the recipe's one seed."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _get_random(draws: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    states = {"draws": draws.get_state(), "cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_random(states: dict[str, Tensor], draws: torch.Generator, device: torch.device) -> None:
+    if states:
+        draws.set_state(states["draws"].cpu())
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

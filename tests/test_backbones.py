@@ -49,6 +49,16 @@ def test_a_backbone_is_a_timm_model_with_access_to_its_features(name):
         assert [side // m.shape[2] for m in maps] == [f["reduction"] for f in model.feature_info]
 
 
+def test_width_scales_every_layer_of_a_residual_network():
+    half = timm.create_model("preact_resnet18", width=0.5)
+    assert round(parameters(half) / 1e6, 2) == 2.80  # a quarter of 11.17, but for the first and the last layer
+    assert half.stem.out_channels == 32
+    assert [f["num_chs"] for f in half.feature_info] == [32, 64, 128, 256]
+    assert half(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(InputError, match=r"width is 0.001"):
+        build_backbone("preact_resnet18", num_classes=10, in_chans=3, width=0.001)
+
+
 def test_strided_cnn_halves_the_image_and_doubles_the_channels_as_often_as_asked():
     model = timm.create_model("strided_cnn", in_chans=3, img_size=32, width=2, depth=3, batch_norm=True)
     assert model.forward_features(torch.rand(2, 3, 32, 32)).shape == (2, 128, 4, 4)

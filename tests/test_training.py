@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rb_noisy.data import load_data
+from rb_noisy.data import from_bytes, load_data
 from rb_noisy.errors import InputError
 from rb_noisy.objectives import OBJECTIVES
 from rb_noisy.recipes import PARTS, Recipe
@@ -121,7 +122,7 @@ def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_rec
     else:  # between writing the metrics and writing the state
         dying = ""
         setup = (
-            "import rb_noisy.training as t; real = t.save_tensors; calls = []\n"
+            "import rb_noisy.checkpoint as t; real = t.save_tensors; calls = []\n"
             "def save(tensors, file, metadata):\n"
             "    calls.append(file.name) if file.name.startswith('state') else None\n"
             "    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else real(tensors, file, metadata)\n"
@@ -590,3 +591,142 @@ def test_options_that_are_no_json_are_named(tmp_path):
 def test_unknown_recipe_fields_are_named():
     with pytest.raises(InputError, match="unknown recipe field 'epoch'; did you mean epochs"):
         Recipe.from_dict({"data": "digits", "epoch": 3})
+
+
+def test_a_checkpoint_within_an_epoch_survives_a_sigkill_bit_by_bit(tiny_recipe, tmp_path):
+    """Dropout, augmentation, averaged weights and the record go on in the middle of an epoch."""
+    options = {"augment": True, "backbone_options": {"drop_rate": 0.2}, "schedule": "onecycle"}
+    recipe = tiny_recipe(method="pgd-at+sglr+wa", epochs=3, target_options={"start_epoch": 1}, **options)
+    whole = train(recipe, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    program = (
+        "import os, signal, torch; torch.set_num_threads(1)\n"
+        "from rb_noisy import Recipe, train\n"
+        f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
+        "dying = lambda e, b, n: (e, b) == (1, 4) and os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"train(recipe, {str(tmp_path / 'run')!r}, checkpoint_minutes=1e-9, on_batch=dying)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    steps = []
+    resumed = train(recipe, tmp_path / "run", resume=True, on_batch=lambda *step: steps.append(step))
+    assert steps[0] == (1, 4, 5), "the three steps that were saved are not made again"
+    assert same(weights(whole), weights(resumed))
+    for a, b in zip(whole.metrics, resumed.metrics, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def test_training_stops_when_its_time_is_up_and_goes_on_where_it_was(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=2, target_options={"start_epoch": 0})
+    whole = train(recipe, tmp_path / "whole")
+    steps = []
+    for _ in range(40):  # each call makes one step, then its time is up
+        run = train(recipe, tmp_path / "run", True, max_minutes=1e-9, on_batch=lambda *step: steps.append(step))
+        if run.finished:
+            break
+    assert steps == [(epoch, step, 5) for epoch in range(2) for step in range(1, 6)]
+    assert same(weights(whole), weights(run))
+    assert [line | {"seconds": 0} for line in whole.metrics] == [line | {"seconds": 0} for line in run.metrics]
+    for minutes in (0, -1, float("nan")):
+        with pytest.raises(InputError, match="max_minutes"):
+            train(recipe, tmp_path / "other", max_minutes=minutes)
+
+
+def test_the_command_stops_in_time_and_says_how_to_go_on(tiny_recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny_recipe().to_dict()))
+    command = [sys.executable, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run")]
+    first = [*command, "--recipe", str(tmp_path / "recipe.json"), "--max-minutes", "1e-9"]
+    stopped = subprocess.run(first, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "0 of 2 epochs finished; continue with: rb-noisy train --out" in stopped.stdout
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Run.open(tmp_path / "run").finished
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host reads a value off the device, or where a shape depends on one."""
+
+    def __init__(self, on_cpu):
+        super().__init__()
+        self.on_cpu = {tensor.data_ptr() for tensor in on_cpu}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+        assert func.overloadpacket.__name__ not in waiting or args[0].data_ptr() in self.on_cpu, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["pgd-at", "trades+sglr+awp+wa", "n-fgsm+sglr", "mart+te", "pgd-at+sat"])
+def test_no_step_waits_for_the_device(method, tiny_recipe, tmp_path, monkeypatch):
+    """One wait per step would keep a GPU from being given its next step in time."""
+    fast = {"steps": None, "alpha": None} if "fgsm" in method else {}
+    trainer = _Trainer(tiny_recipe(method=method, augment=True, **fast), tmp_path / "run", False, None)
+    # On a CPU, though not on a GPU, one_hot looks at its labels.
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, classes: torch.eye(classes, dtype=torch.int64)[y])
+    trainer.targets.begin_epoch(trainer.record, 1)
+    draws = torch.Generator().manual_seed(0)
+    with NoWaiting([trainer.record.temperature]):  # which is kept on the CPU also where the network is not
+        for step in range(2):
+            trainer._train_step(torch.arange(16) + 16 * step, 1, 1.0, draws)
+
+
+def test_images_lie_on_the_device_as_bytes_where_they_are_bytes(tiny_recipe, tmp_path):
+    trainer = _Trainer(tiny_recipe(), tmp_path / "bytes", False, None)
+    assert trainer.x.dtype == torch.uint8
+    x = load_data(trainer.recipe.data).x_train
+    assert torch.equal(from_bytes(trainer.x), x)
+    trainer = _Trainer(tiny_recipe(data="digits"), tmp_path / "floats", False, None)
+    assert trainer.x.dtype == torch.float32, "sixteenths are no bytes"
+
+
+@pytest.mark.parametrize("method", ["st", "st+sglr", "st+te+wa"])
+def test_two_processes_do_what_one_does_with_twice_the_batch(method, tiny_recipe, tmp_path):
+    """The same samples in every step, the same running averages. No random starts and no BatchNorm, which differ."""
+    options = {"target_options": {"start_epoch": 0}} if "+" in method else {}
+    fields = {"method": method, "backbone": "strided_cnn", "epochs": 3, **options}
+    recipe = tiny_recipe(batch_size=16, **fields)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "-m", "rb_noisy", "train", "--recipe", str(tmp_path / "recipe.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch(*arguments):
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch("--out", str(tmp_path / "two"))
+    two, one = Run.open(tmp_path / "two"), train(tiny_recipe(batch_size=32, **fields), tmp_path / "one")
+    states = [load_file(run.path / "state.safetensors") for run in (one, two)]
+    for name in (*(f"model.{n}" for n in weights(one)), "record.average", "record.votes", "record.loss"):
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(one.metrics, two.metrics, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+
+
+def test_an_epoch_begun_by_one_process_is_ended_by_two(tiny_recipe, tmp_path):
+    """Every sample of the epoch is trained on once, whoever does it."""
+    recipe = tiny_recipe(method="pgd-at+sglr+wa", batch_size=16, epochs=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+
+    class Killed(Exception):
+        pass
+
+    def die(epoch, step, steps):
+        if (epoch, step) == (1, 4):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe, tmp_path / "run", checkpoint_minutes=1e-9, on_batch=die)
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    seen = (state["record.kappa"] >= 0).sum()
+    assert seen == 3 * 16
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run"), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run.open(tmp_path / "run")
+    assert run.finished
+    assert (run.history().kappa[1] >= 0).all()

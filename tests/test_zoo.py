@@ -1,9 +1,16 @@
+import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rb_noisy
 from model_zoo import registry
@@ -166,6 +173,84 @@ def test_a_zoo_on_the_hub_is_a_zoo(zoo, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
     with pytest.raises(InputError, match="hf://someone/zoo cannot be fetched"):
         rb_noisy.list_models(zoo="hf://someone/zoo")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The Hub's way of handing out one file. The first connection breaks in the middle of it."""
+
+    content, broken_at, ranges = np.random.default_rng(0).bytes(24 << 20), 12 << 20, []
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("ETag", '"1234"')
+        self.send_header("X-Repo-Commit", 40 * "a")
+        self.end_headers()
+
+    def do_GET(self):
+        self.ranges.append((self.path, self.headers.get("Range")))
+        asked = self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        self.send_header("ETag", '"1234"')
+        self.end_headers()
+        self.wfile.write(self.content[start:] if asked else self.content[: self.broken_at])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_large_weights_are_fetched_on_first_use_and_go_on_where_the_connection_broke(zoo, tmp_path):
+    card = json.loads(card_file(zoo).read_text())
+    digest = hashlib.sha256(Hub.content).hexdigest()
+    card["weights"] |= {"hub": "someone/large", "sha256": digest, "bytes": len(Hub.content)}
+    card_file(zoo).write_text(json.dumps(card))
+    weights_file(zoo).unlink()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = (
+        "from model_zoo.registry import read_card, weights_file\n"
+        f"print(weights_file(read_card('tiny', {str(zoo)!r}), {str(zoo)!r}))"
+    )
+    hub = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5", "NO_PROXY": "127.0.0.1"}
+
+    def fetch(port, cache):
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / cache)}
+        environment = os.environ | hub | place
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=environment, capture_output=True, timeout=90, text=True)
+
+    done, again = (fetch(server.server_port, "cache") for _ in range(2))
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == Hub.content
+    assert again.stdout == done.stdout
+    asked = [start for path, start in Hub.ranges if path.endswith(card["weights"]["file"])]
+    assert asked[0] is None
+    assert [0 < int(start.strip("bytes=-")) <= Hub.broken_at for start in asked[1:]] == [True]
+    failed = fetch(9, "other")
+    assert "cannot be fetched from hf://someone/large" in failed.stderr
+
+
+def test_half_precision_halves_the_file_and_brings_no_figures_of_the_full_one(run, tmp_path):
+    registry.publish(run.path, "full", zoo=tmp_path / "zoo")
+    full = registry.read_card("full", tmp_path / "zoo")
+    assert registry.write_result(registry.results_file(run.path, "final"), "autoattack", figures(full, 60, 0.25))
+    registry.publish(run.path, "half", zoo=tmp_path / "zoo", half=True)
+    half = registry.read_card("half", tmp_path / "zoo")
+    assert (full["weights"]["precision"], half["weights"]["precision"]) == ("fp32", "fp16")
+    assert half["weights"]["bytes"] < 0.6 * full["weights"]["bytes"]
+    assert half["results"] == {}, "they would be of other weights"
+    states = [rb_noisy.load_model(name, zoo=tmp_path / "zoo").state_dict() for name in ("full", "half")]
+    for name, value in states[0].items():
+        assert states[1][name].dtype == value.dtype
+        assert torch.equal(states[1][name], value.half().float() if value.is_floating_point() else value)
+    weights = load_file(run.path / "final.safetensors")
+    save_file(weights | {"head.fc.bias": torch.full_like(weights["head.fc.bias"], 1e6)}, run.path / "final.safetensors")
+    with pytest.raises(InputError, match=r"head.fc.bias has values beyond the range of fp16"):
+        registry.publish(run.path, "broken", zoo=tmp_path / "zoo", half=True)
 
 
 def test_a_place_without_models_is_named(tmp_path):

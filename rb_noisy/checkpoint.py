@@ -1,0 +1,146 @@
+"""What `resume` continues from: `state.safetensors`, written between epochs and within them.
+
+Within an epoch every process has states of its own: the BatchNorm statistics and the random numbers. All of them are
+saved, so that the same number of processes goes on bit by bit. Another number takes the mean statistics, draws new
+random numbers, and trains on the rest of the epoch's samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rb_noisy.errors import InputError
+from rb_noisy.record import SampleRecord
+from rb_noisy.runs import load_groups, read_metrics, save_tensors
+from rb_noisy.weights import Averager
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: the epoch under way, counted from 0.
+        done: samples of its order that were trained on, over all processes; 0 between epochs.
+        seconds: spent on it so far.
+        best: the highest score of the finished epochs.
+        losses, norms: training loss and gradient norm of this process' steps in it, each () on the device.
+        random: states of this process' random numbers, by name; empty between epochs.
+    """
+
+    epoch: int = 0
+    done: int = 0
+    seconds: float = 0.0
+    best: float = -math.inf
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    random: dict[str, Tensor] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, {self.done} samples in" if self.done else f"epoch {self.epoch}"
+
+
+class Checkpoint:
+    """The one file that a run continues from, and the objects whose state it holds."""
+
+    def __init__(
+        self,
+        file: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averager: Averager | None,
+        record: SampleRecord,
+    ):
+        self.file, self.accelerator = file, accelerator
+        self.model, self.optimizer, self.averager, self.record = model, optimizer, averager, record
+
+    def save(self, progress: Progress) -> None:
+        """Write the file, whole or not at all. Every process calls it, the main one writes."""
+        own = dict(progress.random)
+        if progress.done:
+            own |= {"losses": torch.stack(progress.losses), "norms": torch.stack(progress.norms)}
+            own |= {f"buffer.{name}": buffer for name, buffer in self._buffers()}
+        gathered = {name: self._gather(tensor[None]) for name, tensor in own.items()}
+        if not self.accelerator.is_main_process:
+            return
+        momentum = {str(n): s.get("momentum_buffer") for n, s in self.optimizer.state_dict()["state"].items()}
+        groups = {
+            "model": self.model.state_dict(),
+            "record": self.record.state_dict(),
+            "averager": {} if self.averager is None else self.averager.state_dict(),
+            "optimizer": {number: buffer for number, buffer in momentum.items() if buffer is not None},
+            "process": gathered,
+        }
+        tensors = {f"{group}.{name}": v for group, named in groups.items() for name, v in named.items()}
+        header = {"epochs_done": progress.epoch, "samples_done": progress.done, "seconds": progress.seconds}
+        header = {name: repr(value) for name, value in (header | {"best": progress.best}).items()}
+        save_tensors(tensors, self.file, header)
+
+    def load(self) -> Progress:
+        """Restore every object, and say where the run goes on.
+
+        Raises:
+            InputError: the file is damaged or of another run, or the run's metrics are gone.
+        """
+        groups, header = load_groups(self.file, ("epochs_done", "samples_done", "seconds", "best"))
+        epoch, done = int(header["epochs_done"]), int(header["samples_done"])
+        lines = len(read_metrics(self.file.parent))
+        if lines < epoch:
+            raise InputError(
+                f"{self.file.parent / 'metrics.jsonl'} has {lines} lines but {epoch} epochs are finished; restore it, "
+                f"or delete {self.file.name} to start over"
+            )
+        self.model.load_state_dict(groups["model"])
+        self.record.load_state_dict(groups["record"])
+        if self.averager is not None:
+            self.averager.load_state_dict(groups["averager"])
+        optimizer = self.optimizer.state_dict()
+        # A momentum buffer has the memory format of its parameter: the arithmetic depends on it.
+        parameters = list(self.model.parameters())
+        optimizer["state"] = {
+            int(number): {"momentum_buffer": torch.empty_like(parameters[int(number)]).copy_(buffer)}
+            for number, buffer in groups["optimizer"].items()
+        }
+        self.optimizer.load_state_dict(optimizer)
+        progress = Progress(epoch, done, float(header["seconds"]), float(header["best"]))
+        if done:
+            self._load_own(groups["process"], progress)
+        return progress
+
+    def _load_own(self, rows: dict[str, Tensor], progress: Progress) -> None:
+        """Each tensor of `rows` has one row for each process that saved it."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        same = len(rows["losses"]) == world
+        own = {name: _row(saved, rank if same else None) for name, saved in rows.items()}
+        device = self.accelerator.device
+        progress.losses, progress.norms = (list(own.pop(name).to(device)) for name in ("losses", "norms"))
+        for name, buffer in self._buffers():
+            buffer.copy_(own.pop(f"buffer.{name}"))
+        progress.random = own if same else {}
+
+    def _buffers(self) -> Iterable[tuple[str, Tensor]]:
+        yield from self.model.named_buffers()
+        if self.averager is not None:
+            yield from ((f"averaged.{name}", buffer) for name, buffer in self.averager.model.named_buffers())
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return rows
+        return self.accelerator.gather(rows.to(self.accelerator.device))
+
+
+def _row(rows: Tensor, rank: int | None) -> Tensor:
+    if rank is not None:
+        return rows[rank]
+    return rows.mean(0) if rows.is_floating_point() else rows[0]

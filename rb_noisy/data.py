@@ -132,6 +132,12 @@ def data_root(root: str | os.PathLike | None = None) -> Path:
     return Path(root or os.environ.get("RB_NOISY_DATA") or "~/.cache/rb_noisy/data").expanduser()
 
 
+def local_path(place: str, root: str | os.PathLike | None = None) -> Path:
+    """The file or folder of a data set: `place`, or, where it is relative and not there, that of `data_root(root)`."""
+    path, shared = Path(place).expanduser(), data_root(root) / place
+    return shared if shared.exists() and not path.exists() else path
+
+
 def load_data(name: str, root: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
     """Load a data set by name, whole, into memory.
 
@@ -144,13 +150,14 @@ def load_data(name: str, root: str | os.PathLike | None = None, *, download: boo
     * `imagefolder:DIR`: 8-bit images of one size in train/<class>/ and test/<class>/, classes in the order of their
       folder names; one channel if every image is greyscale, else RGB.
 
+    A relative FILE or DIR is looked for in the working folder first, then in `data_root(root)`.
     With `download=False` the network is never touched.
     Raises `InputError` for an unknown name, for data that are missing and cannot be downloaded, and for a file that is
     damaged or in another form.
     """
     kind, _, argument = name.partition(":")
     if kind in _FROM_PATH and argument:
-        return _FROM_PATH[kind](name, Path(argument).expanduser())
+        return _FROM_PATH[kind](name, local_path(argument, root))
     if name not in _NAMED:
         raise unknown_name("data set", name, [*_NAMED, "npz:FILE", "imagefolder:DIR"])
     return _NAMED[name](name, data_root(root), download)

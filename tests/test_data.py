@@ -294,6 +294,21 @@ def test_npz_greyscale_and_column_labels(tmp_path):
     assert dataset.image_size == (5, 4)
 
 
+def test_a_relative_file_is_looked_for_here_first_then_among_the_data_sets(tmp_path, monkeypatch):
+    here, root = tmp_path / "here", tmp_path / "root"
+    for folder in (here, root):
+        folder.mkdir()
+    _save(root / "a.npz", _arrays())
+    monkeypatch.chdir(here)
+    assert len(load_data("npz:a.npz", root).x_train) == 6
+    monkeypatch.setenv("RB_NOISY_DATA", str(root))
+    assert len(load_data("npz:a.npz").x_train) == 6
+    _save(here / "a.npz", _arrays(x_train=_arrays()["x_train"][:3], y_train=np.array([0, 1, 2])))
+    assert len(load_data("npz:a.npz").x_train) == 3
+    with pytest.raises(InputError, match=r"there is no file b\.npz"):
+        load_data("npz:b.npz")
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.float16])
 def test_npz_colour_of_any_kind_becomes_channels_first_in_unit_range(tmp_path, dtype):
     pixels = RNG.integers(0, 256, (9, 5, 4, 3))

@@ -110,7 +110,7 @@ def _write(issues: LabelIssues, recipe: Recipe, score: str, top: int, out: Path,
     from rb_noisy.contact_sheet import contact_sheet
     from rb_noisy.data import load_data
 
-    files = _image_names(recipe.data)
+    files = _image_names(recipe.data, data_root)
     issues.to_csv(out / "label_issues.csv", files)
     worst = issues.index[:top]
     images = load_data(recipe.data, data_root).x_train[worst]
@@ -142,11 +142,11 @@ def _short(issues: LabelIssues, label: int, length: int = 11) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _image_names(data: str) -> list[str] | None:
+def _image_names(data: str, root: Path | None) -> list[str] | None:
     """The training files of an image folder, in the order of its samples; None for other data."""
-    from rb_noisy.data import class_folders, image_files
+    from rb_noisy.data import class_folders, image_files, local_path
 
     kind, _, folder = data.partition(":")
     if kind != "imagefolder":
         return None
-    return [str(file) for group in class_folders(Path(folder).expanduser() / "train") for file in image_files(group)]
+    return [str(file) for group in class_folders(local_path(folder, root) / "train") for file in image_files(group)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model_zoo.registry import (
     dataset_label,
+    dataset_title,
     eps_label,
     load_model,
     read_cards,
@@ -295,7 +296,8 @@ def show(title: str, table: Table) -> None:
 def setting(subject: Subject, figures: dict[str, Any]) -> str:
     """Data set, sample count, threat model, seed: the line under a title."""
     samples = f"{figures['n']} of {figures['of']} images"
-    return f"{subject.dataset} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
+    data = dataset_title(dataset_label(subject.dataset))
+    return f"{data} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
 
 
 def without_target(subject: Subject) -> Subject:

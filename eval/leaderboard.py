@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from model_zoo.registry import read_cards
+from model_zoo.registry import dataset_title, read_cards
 from rb_noisy.console import ZooOption, console, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.measures import wilson_interval
@@ -109,16 +109,16 @@ def standing(rows: list[Row], name: str) -> str:
     if row is None:
         raise unknown_name("model on the leaderboard", name, {row.name for row in rows if row.measured})
     labels = "no label noise" if row.noise == CLEAN_LABELS else f"{row.noise} label noise"
-    peers = [peer for peer in rows if peer.group == row.group]
+    data, peers = dataset_title(row.dataset), [peer for peer in rows if peer.group == row.group]
     if row.autoattack:
         by, note = "autoattack", "by AutoAttack accuracy"
     elif row.pgd20:
         by, note = "pgd20", "by PGD-20 accuracy (AutoAttack not measured yet)"
     else:
-        return f"{name} is not ranked on {row.dataset}, {labels}: neither AutoAttack nor PGD-20 has been measured yet"
+        return f"{name} is not ranked on {data}, {labels}: neither AutoAttack nor PGD-20 has been measured yet"
     scores = [getattr(peer, by).value for peer in peers if getattr(peer, by)]
     place = 1 + sum(score > getattr(row, by).value for score in scores)
-    return f"{name} is {_ordinal(place)} of {len(scores)} on {row.dataset}, {labels}, {note}"
+    return f"{name} is {_ordinal(place)} of {len(scores)} on {data}, {labels}, {note}"
 
 
 def render_terminal(rows: list[Row], highlight: str | None = None) -> list[Table]:
@@ -278,7 +278,8 @@ def _within_group(row: Row) -> tuple:
 
 
 def _groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    return [(", ".join(key), list(group)) for key, group in groupby(rows, key=lambda row: row.group)]
+    groups = ((key, list(group)) for key, group in groupby(rows, key=lambda row: row.group))
+    return [(", ".join((dataset_title(dataset), *rest)), group) for (dataset, *rest), group in groups]
 
 
 def _cells(row: Row, gap: str) -> list[str]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from eval.leaderboard import MISSING
 from eval.report_table import FORMATS, Figure, Group, Report, Row
-from model_zoo.registry import dataset_label, eps_label, read_results, results_file
+from model_zoo.registry import dataset_label, dataset_title, eps_label, read_results, results_file
 from rb_noisy.console import console, errors, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256
@@ -291,7 +291,7 @@ def _text(name: str, value: Any) -> str:
     if value is None or (name == "track" and not value):
         return "all" if name in ("train_size", "track") else MISSING
     if name == "data":
-        return dataset_label(value) + (" (JPEG copy)" if "jpeg" in Path(value).name.lower() else "")
+        return dataset_title(dataset_label(value))
     if name in ("eps", "alpha"):
         return eps_label(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ from torch import nn
 
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
+from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run, load_weights, save_tensors
 
 BUILT_IN = Path(__file__).parent
@@ -268,7 +269,7 @@ def run_card(run: Run, name: str, checkpoint: str) -> Card:
         "number_forward_passes": 1,
         "dataset": dataset_label(recipe.data),
         "venue": "",
-        "architecture": recipe.backbone,
+        "architecture": _architecture(recipe),
         "eps": eps_label(recipe.eps),
         "clean_acc": "",
         "reported": "",
@@ -288,6 +289,12 @@ def run_card(run: Run, name: str, checkpoint: str) -> Card:
         "published": datetime.date.today().isoformat(),
         "results": {},
     }
+
+
+def _architecture(recipe: Recipe) -> str:
+    """The backbone, and what makes it another than its name says."""
+    changed = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in recipe.backbone_options.items()]
+    return f"{recipe.backbone} ({', '.join(changed)})" if changed else recipe.backbone
 
 
 def _training_summary(run: Run) -> dict[str, Any]:
@@ -312,6 +319,11 @@ def dataset_label(data: str) -> str:
     """The folder name of a data set: "digits" for "digits", "mine" for "npz:/data/mine.npz"."""
     kind, _, place = data.partition(":")
     return Path(place).stem.lower() if place else kind
+
+
+def dataset_title(label: str) -> str:
+    """What tables call the data set of a `dataset_label`; a copy that went through JPEG is not the original."""
+    return f"{label.removesuffix('_jpeg')} (JPEG copy)" if label.endswith("_jpeg") else label
 
 
 def eps_label(eps: float) -> str:

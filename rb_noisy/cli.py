@@ -168,7 +168,7 @@ def models(
     zoo: ZooOption = None,
 ) -> None:
     """List the models of a zoo."""
-    from model_zoo.registry import list_models, read_card
+    from model_zoo.registry import dataset_title, list_models, read_card
 
     with user_errors():
         table = Table("model", "data set", "label noise", "method", "backbone", "eps", "natural", "AutoAttack")
@@ -177,7 +177,7 @@ def models(
             label_noise = f"{card['noise']['kind']} {card['noise']['rate']}" if card["noise"] else "none"
             table.add_row(
                 name,
-                card["dataset"],
+                dataset_title(card["dataset"]),
                 label_noise,
                 card["method"],
                 card["architecture"],

@@ -134,6 +134,15 @@ def test_data_sets_noises_and_threats_are_never_ranked_against_each_other(publis
     assert own.rank == len(better) + 1
 
 
+def test_a_jpeg_copy_is_marked_and_never_ranked_with_the_original(published):
+    copy = card("ours", 0.99, dataset="cifar10_jpeg", eps="8/255")
+    rows = board.leaderboard_rows([copy], published)
+    assert [row.rank for row in rows if row.measured] == [1]
+    assert {row.name for row in rows if row.dataset == "cifar10_jpeg"} == {"ours"}
+    assert "### cifar10 (JPEG copy), clean labels, Linf 8/255" in board.render_markdown(rows)
+    assert "on cifar10 (JPEG copy)" in board.standing(rows, "ours")
+
+
 def test_filters_keep_one_data_set_and_one_noise(published):
     cards = [card("clean", 0.7), card("noisy", 0.6, noise=SYM), card("human", 0.5, noise={"kind": "human"})]
     assert names(board.leaderboard_rows(cards, published, dataset="digits")) == ["clean", "human", "noisy"]

@@ -160,7 +160,7 @@ def test_what_varies_becomes_a_column_and_leaves_the_caption(tmp_path):
     rows, caption = markdown(tmp_path)
     assert [row["r"] for row in rows] == ["0.4", "0.2", "0.2", "–"], "a default is a value too"
     assert [row["eps"] for row in rows] == ["0.2", "0.2", "8/255", "0.2"]
-    assert rows[3]["data"] == "cifar10_jpeg (JPEG copy)"
+    assert rows[3]["data"] == "cifar10 (JPEG copy)"
     assert [row["epochs"] for row in rows] == ["2", "2", "2", "3"]
     assert "milestones" not in rows[0], "they only follow the length of the run"
     for gone in ("digits", "ε =", "epochs"):

@@ -253,6 +253,12 @@ def test_half_precision_halves_the_file_and_brings_no_figures_of_the_full_one(ru
         registry.publish(run.path, "broken", zoo=tmp_path / "zoo", half=True)
 
 
+def test_a_card_says_what_is_not_the_usual_form_of_its_network(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=1, backbone_options={"width": 0.5}), tmp_path / "run")
+    registry.publish(run.path, "half_width", zoo=tmp_path / "zoo")
+    assert registry.read_card("half_width", tmp_path / "zoo")["architecture"] == "resnet8_narrow (width 0.5)"
+
+
 def test_a_place_without_models_is_named(tmp_path):
     with pytest.raises(InputError, match="is no zoo"):
         rb_noisy.list_models(zoo=tmp_path)

@@ -1,0 +1,103 @@
+"""Our training step beside the published loop, in one run: `pytest tests/benchmarks --benchmark-group-by=group`.
+
+The published loop is that of Rice et al. 2020 and of [SGLR]'s code without its GPU library: fp32, NCHW,
+`loss.backward()` inside the attack. Model, batch, steps and optimiser are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rb_noisy.backbones import build_backbone
+from rb_noisy.recipes import Recipe
+from rb_noisy.training import _Trainer
+
+BATCH, EPS, ALPHA, STEPS = 64, 8 / 255, 2 / 255, 10
+NETWORK = {"width": 0.25}  # of PreAct-ResNet-18, so that the suite stays quick
+rounds = {"rounds": 3, "warmup_rounds": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (2 * BATCH, 32, 32, 3), dtype=np.uint8)
+    y = np.arange(2 * BATCH) % 10
+    file = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(file, x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+    return file
+
+
+def published_step(images):
+    """One step of PGD-AT as published, as a function without arguments."""
+    arrays = np.load(images)
+    x = torch.from_numpy(arrays["x_train"][:BATCH]).permute(0, 3, 1, 2).float().div(255).contiguous()
+    y = torch.from_numpy(arrays["y_train"][:BATCH])
+    torch.manual_seed(0)
+    model = build_backbone("preact_resnet18", num_classes=10, in_chans=3, **NETWORK).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step():
+        delta = torch.empty_like(x).uniform_(-EPS, EPS)
+        delta.data = torch.clamp(x + delta, 0, 1) - x
+        delta.requires_grad_()
+        for _ in range(STEPS):
+            F.cross_entropy(model(x + delta), y).backward()
+            moved = torch.clamp(delta.data + ALPHA * delta.grad.sign(), -EPS, EPS)
+            delta.data = torch.clamp(x + moved, 0, 1) - x
+            delta.grad.zero_()
+        loss = F.cross_entropy(model(x + delta.detach()), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def our_step(images, folder, **fields):
+    recipe = Recipe(
+        data=f"npz:{images}",
+        backbone="preact_resnet18",
+        backbone_options=NETWORK,
+        eps=EPS,
+        alpha=ALPHA,
+        steps=STEPS,
+        batch_size=BATCH,
+        lr=0.1,
+        normalize=False,
+        epochs=10,
+        track=10,
+        **fields,
+    )
+    trainer = _Trainer(recipe, folder, False, None)
+    draws, index = torch.Generator().manual_seed(0), torch.arange(BATCH)
+    return lambda: trainer._train_step(index, 0, 0.0, draws)[0]
+
+
+@pytest.mark.benchmark(group="a PGD-10 training step of a PreAct-ResNet-18 of a quarter of the width")
+@pytest.mark.parametrize("loop", ["published", "ours", "ours, bf16"])
+def test_training_step(loop, benchmark, images, tmp_path):
+    precision = "bf16" if "bf16" in loop else "no"
+    step = published_step(images) if loop == "published" else our_step(images, tmp_path / "run", precision=precision)
+    loss = benchmark.pedantic(step, **rounds)
+    benchmark.extra_info["images_per_second"] = round(BATCH / benchmark.stats.stats.median, 1)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.benchmark(group="what SGLR adds to a PGD-10 training step")
+@pytest.mark.parametrize("method", ["pgd-at", "pgd-at+sglr"])
+def test_cost_of_sglr(method, benchmark, images, tmp_path):
+    options = {"start_epoch": 0} if "sglr" in method else {}  # with its second forward pass
+    step = our_step(images, tmp_path / "run", method=method, target_options=options)
+    assert torch.isfinite(benchmark.pedantic(step, **rounds))

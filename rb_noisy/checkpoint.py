@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rb_noisy.device import gather
 from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import load_groups, read_metrics, save_tensors
@@ -71,7 +72,7 @@ class Checkpoint:
         if progress.done:
             own |= {"losses": torch.stack(progress.losses), "norms": torch.stack(progress.norms)}
             own |= {f"buffer.{name}": buffer for name, buffer in self._buffers()}
-        gathered = {name: self._gather(tensor[None]) for name, tensor in own.items()}
+        gathered = {name: gather(self.accelerator, tensor[None]) for name, tensor in own.items()}
         if not self.accelerator.is_main_process:
             return
         momentum = {str(n): s.get("momentum_buffer") for n, s in self.optimizer.state_dict()["state"].items()}
@@ -133,11 +134,6 @@ class Checkpoint:
         yield from self.model.named_buffers()
         if self.averager is not None:
             yield from ((f"averaged.{name}", buffer) for name, buffer in self.averager.model.named_buffers())
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return rows
-        return self.accelerator.gather(rows.to(self.accelerator.device))
 
 
 def _row(rows: Tensor, rank: int | None) -> Tensor:

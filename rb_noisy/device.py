@@ -1,9 +1,14 @@
-"""Copies to an accelerator that never make the host wait for it."""
+"""Tensors between the host, an accelerator and other processes."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -11,3 +16,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def gather(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """The (B, …) tensors of all processes, one below the other, on every process."""
+    return accelerator.gather(rows.to(accelerator.device)) if accelerator.num_processes > 1 else rows

@@ -26,12 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, pgd
 from rb_noisy.checkpoint import Checkpoint, Progress
-from rb_noisy.data import Dataset, augment, from_bytes, to_bytes
-from rb_noisy.device import to_device
+from rb_noisy.data import Dataset, from_bytes, to_bytes
+from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
 from rb_noisy.recipes import Recipe
@@ -45,10 +43,10 @@ from rb_noisy.runs import (
     save_tensors,
     save_weights,
 )
-from rb_noisy.targets import Assignment, Batch
+from rb_noisy.step import Step
 from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
-from rb_noisy.weights import Averager, kept_buffers
+from rb_noisy.weights import Averager
 
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
 CLOCK_STEPS = 20
@@ -118,11 +116,10 @@ class _Trainer:
         cpu = not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
         self.device = self.accelerator.device
-        self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
-        self.criterion, self.awp = recipe.make_criterion(), recipe.make_awp()
+        self.targets = recipe.make_targets()
 
         data, labels = training_set(recipe, data_root)
-        self.x, self.y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
+        x, y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
         self.tracker = Tracker(recipe, data, labels, _seed)
 
         torch.manual_seed(_seed(recipe.seed, 0))
@@ -149,12 +146,16 @@ class _Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         averaging = recipe.make_averaging()
         self.averager = None if averaging is None else Averager(self.model, averaging)
-        self.teachers = {
+        teachers = {
             name: load_teacher(name, data.x_train[:2], data.num_classes).to(self.device)
             for name in self.targets.teachers
             if name != "average"
         }
-        self.record = SampleRecord(self.y, data.num_classes, self.targets.start_average)
+        self.record = SampleRecord(y, data.num_classes, self.targets.start_average)
+        self.step = Step(
+            *(recipe, self.accelerator, self.model, self.wrapped, self.optimizer),
+            *(self.averager, teachers, self.record, x, y),
+        )
         state = path / "state.safetensors"
         self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
         self.started = time.monotonic()
@@ -220,13 +221,13 @@ class _Trainer:
             share = epoch + (first + step) / total
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(share)
-            loss, norm = self._train_step(batch, epoch, share, draws)
+            loss, norm = self.step(batch, epoch, share, draws)
             if self.averager is not None:
                 self.averager.after_step(self.model)
             progress.losses.append(loss)
             progress.norms.append(norm)
             progress.done += chunk
-            if self.device.type == "cpu":  # where there is nothing to wait for
+            if self.device.type == "cpu" and not loss.isfinite():  # elsewhere it would have to be waited for
                 self._check_losses()
             if on_batch is not None:
                 on_batch(epoch, round(first) + step + 1, round(total))
@@ -236,7 +237,7 @@ class _Trainer:
         self._average_buffers(self.model)
         if self.averager is not None:
             self.averager.after_epoch(self.model, (epoch + 1) / recipe.epochs)
-            images = (from_bytes(self.x[batch]) for batch in self._own_batches(order))
+            images = (from_bytes(self.step.x[batch]) for batch in self._own_batches(order))
             self.averager.refresh_statistics(x.contiguous(memory_format=torch.channels_last) for x in images)
             self._average_buffers(self.averager.model)
         self._check_weights()
@@ -274,139 +275,11 @@ class _Trainer:
             return minutes
         if step % CLOCK_STEPS:
             return -math.inf
-        return self._gather(torch.tensor([minutes], device=self.device)).max().item()
+        return gather(self.accelerator, torch.tensor([minutes], device=self.device)).max().item()
 
     def _mean(self, values: list[Tensor]) -> float:
         """Over the steps and the processes."""
-        mean = torch.stack(values).mean()
-        return self._gather(mean[None]).mean().item() if self.accelerator.num_processes > 1 else mean.item()
-
-    def _train_step(self, index: Tensor, epoch: int, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One optimiser step on the samples `index`; the loss and the gradient norm, both on the device."""
-        recipe = self.recipe
-        x, y = from_bytes(self.x[index]), self.y[index]
-        if recipe.augment:
-            x = augment(x, generator=draws)
-        x = x.contiguous(memory_format=torch.channels_last)
-        grown = min(1.0, progress / (recipe.eps_warmup * recipe.epochs)) if recipe.eps_warmup else 1.0
-        batch = Batch(
-            index=index,
-            x=x,
-            y=y,
-            hard=F.one_hot(y, self.record.average.shape[1]).to(self.record.average),
-            epoch=epoch,
-            share=progress / recipe.epochs,
-            supervises=self.objective.supervises,
-            eps=recipe.eps * grown,
-            alpha=recipe.alpha * grown,
-            steps=recipe.steps,
-            norm=recipe.norm,
-            draws=draws,
-            gather=self._gather,
-            teach=self._teach,
-        )
-        if self.targets.natural_mode(epoch) == "eval":
-            batch.guiding = self._without_gradient(self.model.eval(), x)
-        self.wrapped.train()
-        self.targets.before_attack(batch, self.record)
-        batch.labels = self.targets.attack_labels(self.model, batch, self.record)
-        attack = self._attack(batch)
-        self.optimizer.zero_grad()
-        if self.awp is None or epoch < self.awp.warmup:
-            assignment, loss = self._forward(batch, attack, self.wrapped)
-            self.accelerator.backward(loss)
-        else:
-            # Of the two passes only the one at the perturbed weights may move the BatchNorm statistics.
-            with kept_buffers(self.model):
-                assignment, loss = self._forward(batch, attack, self.model)
-                gradients = self._gradients(loss)
-            with self.awp.perturbed(self.model, gradients):
-                self._passes(batch, self.wrapped)
-                loss = self._loss(batch, assignment)
-                self.accelerator.backward(loss)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        self.optimizer.step()
-        return loss.detach(), norm
-
-    def _attack(self, batch: Batch) -> AttackResult | None:
-        """Put x̃ into the batch; κ is against the given labels. None where the method does not attack."""
-        recipe, objective = self.recipe, self.objective
-        if objective.attack_loss is None:
-            return None
-        loss: str | AttackLoss = objective.attack_loss
-        penalty = self.targets.penalty(batch, self.record) if self.targets.attack_penalty else None
-        if penalty is not None:
-            raised = ATTACK_LOSSES[objective.attack_loss]
-
-            def loss(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
-                return objective.attack_weight * raised(logits, natural, y) + len(y) * penalty(logits)
-
-        attack = pgd(
-            self.model,
-            batch.x,
-            batch.labels,
-            eps=batch.eps,
-            alpha=batch.alpha,
-            steps=recipe.steps,
-            norm=recipe.norm,
-            loss=loss,
-            random_start=objective.random_start,
-            start_radius=None if objective.start_ratio == 1 else objective.start_ratio * batch.eps,
-            project=objective.project,
-            generator=batch.draws,
-            mode=recipe.attack_mode,
-            kappa_labels=batch.y,
-            check_images=False,  # they are the data set's; to look at them is to wait for the device
-        )
-        batch.x_adv = attack.x_adv
-        return attack
-
-    def _passes(self, batch: Batch, network: nn.Module) -> None:
-        """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last."""
-        if batch.x_adv is not None:
-            batch.adversarial = network(batch.x_adv)
-        if self.objective.uses_natural:
-            batch.natural = network(batch.x)
-
-    def _forward(self, batch: Batch, attack: AttackResult | None, network: nn.Module) -> tuple[Assignment, Tensor]:
-        """All passes of the batch, what it is trained towards, and the loss; the record learns of it."""
-        self._passes(batch, network)
-        if self.targets.natural_mode(batch.epoch) == "train" and not self.objective.uses_natural:
-            batch.guiding = self._without_gradient(network, batch.x)
-        with torch.no_grad():
-            logits = batch.natural if batch.adversarial is None else batch.adversarial
-            per_sample = F.cross_entropy(logits.float(), batch.y, reduction="none")
-            kappa, prediction = (None, None) if attack is None else (attack.kappa, attack.start_prediction)
-            seen = (batch.index, kappa, per_sample, logits.argmax(1) if prediction is None else prediction)
-            self.record.observe(*(None if value is None else self._gather(value) for value in seen))
-            assignment = self.targets(batch, self.record)
-        return assignment, self._loss(batch, assignment)
-
-    @torch.no_grad()
-    def _without_gradient(self, network: nn.Module, x: Tensor) -> Tensor:
-        return network(x)
-
-    def _loss(self, batch: Batch, assignment: Assignment) -> Tensor:
-        loss = self.objective(batch.natural, batch.adversarial, assignment.target, assignment.weight, self.criterion)
-        return loss if assignment.penalty is None else loss + assignment.penalty(batch.supervised)
-
-    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
-        """Of the loss by every parameter, the mean over the processes."""
-        parameters = list(self.model.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
-        gradients = [found.get(p) for p in parameters]
-        if self.accelerator.num_processes > 1:
-            gradients = [g if g is None else self.accelerator.reduce(g, reduction="mean") for g in gradients]
-        return gradients
-
-    @torch.no_grad()
-    def _teach(self, name: str, x: Tensor) -> Tensor:
-        return (self.averager.model if name == "average" else self.teachers[name])(x)
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.gather(tensor) if self.accelerator.num_processes > 1 else tensor
+        return gather(self.accelerator, torch.stack(values).mean()[None]).mean().item()
 
     def _average_buffers(self, model: nn.Module) -> None:
         if self.accelerator.num_processes > 1:
@@ -416,10 +289,9 @@ class _Trainer:
 
     def _check_losses(self) -> None:
         losses = torch.stack(self.progress.losses)
-        if losses[-1].isfinite() if self.device.type == "cpu" else losses.isfinite().all():
-            return
-        batch = int((~losses.isfinite()).nonzero()[0])
-        raise self._diverged(f"the loss is {losses[batch].item()}", batch)
+        if not losses.isfinite().all():
+            batch = int((~losses.isfinite()).nonzero()[0])
+            raise self._diverged(f"the loss is {losses[batch].item()}", batch)
 
     def _check_weights(self) -> None:
         """The last step may have broken what its loss did not show yet; such weights are never saved."""

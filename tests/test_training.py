@@ -208,7 +208,7 @@ def test_weights_that_the_last_step_broke_are_never_saved(tiny_recipe, tmp_path)
 
 
 def test_every_setting_of_the_recipe_reaches_the_training_step(tiny_recipe, tmp_path, monkeypatch):
-    import rb_noisy.training as module
+    import rb_noisy.step as module
 
     seen, real = [], module.pgd
 
@@ -253,7 +253,7 @@ def test_which_passes_move_the_batchnorm_statistics(tiny_recipe, tmp_path):
     def passes(name, **fields):
         trainer = _Trainer(tiny_recipe(**fields), tmp_path / name, False, None)
         norm = next(m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
-        trainer._train_step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
+        trainer.step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
         return int(norm.num_batches_tracked)
 
     assert passes("a", method="pgd-at") == 1
@@ -272,7 +272,7 @@ def test_the_record_takes_kappa_and_loss_from_training_for_nothing(tiny_recipe, 
     forwards = []
     trainer.model.register_forward_hook(lambda *_: forwards.append(1))
     index = torch.arange(16)
-    trainer._train_step(index, 0, 0.0, torch.Generator().manual_seed(0))
+    trainer.step(index, 0, 0.0, torch.Generator().manual_seed(0))
     assert len(forwards) == 3 + 1, "three attack steps and one training pass"
     assert ((trainer.record.kappa[index] >= 0) & (trainer.record.kappa[index] <= 3)).all()
     assert torch.isfinite(trainer.record.loss[index]).all()
@@ -412,7 +412,7 @@ def test_an_awp_step_takes_the_gradient_at_the_perturbed_weights(method, tiny_re
         with torch.no_grad():
             for p, w in zip(made.model.parameters(), before, strict=True):
                 p.copy_(w)
-        real, images = made._attack, []
+        real, images = made.step._attack, []
 
         def attack(batch):
             result = real(batch)
@@ -420,8 +420,8 @@ def test_an_awp_step_takes_the_gradient_at_the_perturbed_weights(method, tiny_re
             images.append(batch.x_adv)
             return result
 
-        made._attack = attack
-        made._train_step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
+        made.step._attack = attack
+        made.step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
         return [p.grad.clone() for p in made.model.parameters()], before, images[0]
 
     made_so_far = []
@@ -668,16 +668,16 @@ def test_no_step_waits_for_the_device(method, tiny_recipe, tmp_path, monkeypatch
     draws = torch.Generator().manual_seed(0)
     with NoWaiting([trainer.record.temperature]):  # which is kept on the CPU also where the network is not
         for step in range(2):
-            trainer._train_step(torch.arange(16) + 16 * step, 1, 1.0, draws)
+            trainer.step(torch.arange(16) + 16 * step, 1, 1.0, draws)
 
 
 def test_images_lie_on_the_device_as_bytes_where_they_are_bytes(tiny_recipe, tmp_path):
     trainer = _Trainer(tiny_recipe(), tmp_path / "bytes", False, None)
-    assert trainer.x.dtype == torch.uint8
+    assert trainer.step.x.dtype == torch.uint8
     x = load_data(trainer.recipe.data).x_train
-    assert torch.equal(from_bytes(trainer.x), x)
+    assert torch.equal(from_bytes(trainer.step.x), x)
     trainer = _Trainer(tiny_recipe(data="digits"), tmp_path / "floats", False, None)
-    assert trainer.x.dtype == torch.float32, "sixteenths are no bytes"
+    assert trainer.step.x.dtype == torch.float32, "sixteenths are no bytes"
 
 
 @pytest.mark.parametrize("method", ["st", "st+sglr", "st+te+wa"])

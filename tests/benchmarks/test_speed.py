@@ -87,7 +87,7 @@ def test_training_step(method, benchmark, tmp_path):
     trainer = _Trainer(recipe, tmp_path / "run", False, None)
     draws = torch.Generator().manual_seed(0)
     index = torch.arange(128)
-    loss, _ = benchmark.pedantic(trainer._train_step, (index, 0, 0.0, draws), **rounds)
+    loss, _ = benchmark.pedantic(trainer.step, (index, 0, 0.0, draws), **rounds)
     assert torch.isfinite(loss)
 
 

@@ -82,7 +82,7 @@ def our_step(images, folder, **fields):
     )
     trainer = _Trainer(recipe, folder, False, None)
     draws, index = torch.Generator().manual_seed(0), torch.arange(BATCH)
-    return lambda: trainer._train_step(index, 0, 0.0, draws)[0]
+    return lambda: trainer.step(index, 0, 0.0, draws)[0]
 
 
 @pytest.mark.benchmark(group="a PGD-10 training step of a PreAct-ResNet-18 of a quarter of the width")

@@ -46,6 +46,7 @@ COLUMNS = {
     "digits-methods": sglr_report,
     "digits-table4": sglr_report,
     "mnist-noise": nl_report,
+    "refinement-cifar": sglr_report,
     "refinement-mnist": sglr_report,
 }
 

@@ -93,11 +93,10 @@ def zoo_folder(zoo: str | Path | None) -> Path:
 
 def _hub_folder(repo: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=["model_info/**/*.json", "weights/*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the errors of whichever HTTP client the Hub's library has, of no common kind
         raise InputError(
             f"the zoo hf://{repo} cannot be fetched ({type(error).__name__}); check the name and the network, "
             "or copy the repository and name its folder"
@@ -143,7 +142,7 @@ def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
     """The weights of a card, once their SHA-256 is what the card says.
 
     Where the zoo has only the card, and the card names a place on the Hub, they are fetched into the Hub's cache, with
-    a progress bar; where the connection breaks, the download goes on from there.
+    a progress bar; where the connection breaks, the same call goes on from there a few times.
 
     Raises:
         InputError: missing, truncated or altered weights, a file name that leaves the zoo, no way to the Hub.
@@ -168,11 +167,10 @@ def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
 
 def _from_hub(name: str, repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, f"weights/{file}"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the errors of whichever HTTP client the Hub's library has, of no common kind
         raise InputError(
             f"the weights of {name} cannot be fetched from hf://{repo} ({type(error).__name__}); check the network and "
             f"try again, or put {file} into the zoo's folder weights"
@@ -208,6 +206,9 @@ def publish(
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} cannot be a model's name; use lower-case letters, digits and underscores")
+    hub = hub and hub.removeprefix("hf://")
+    if hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+        raise InputError(f"{hub!r} is no place on the Hugging Face Hub; give USER/REPO")
     run = Run.open(run_dir)
     if not run.finished:
         raise InputError(f"{run_dir} has {len(run.metrics)} of {run.recipe.epochs} epochs; continue it with --resume")
@@ -323,7 +324,8 @@ def dataset_label(data: str) -> str:
 
 def dataset_title(label: str) -> str:
     """What tables call the data set of a `dataset_label`; a copy that went through JPEG is not the original."""
-    return f"{label.removesuffix('_jpeg')} (JPEG copy)" if label.endswith("_jpeg") else label
+    original = re.sub("[-_]?jpeg", "", label).strip("-_")
+    return label if original == label else f"{original} (JPEG copy)"
 
 
 def eps_label(eps: float) -> str:

@@ -94,7 +94,12 @@ class Checkpoint:
         Raises:
             InputError: the file is damaged or of another run, or the run's metrics are gone.
         """
-        groups, header = load_groups(self.file, ("epochs_done", "samples_done", "seconds", "best"))
+        groups, header = load_groups(self.file, ("best",))
+        if missing := {"epochs_done", "samples_done", "seconds"} - header.keys():
+            raise InputError(
+                f"{self.file} was written by another version (no {min(missing)}); finish the run with that one, or "
+                "delete the file to start over"
+            )
         epoch, done = int(header["epochs_done"]), int(header["samples_done"])
         lines = len(read_metrics(self.file.parent))
         if lines < epoch:
@@ -138,5 +143,5 @@ class Checkpoint:
 
 def _row(rows: Tensor, rank: int | None) -> Tensor:
     if rank is not None:
-        return rows[rank]
+        return rows[rank].clone()  # a generator takes no state that is a part of another tensor
     return rows.mean(0) if rows.is_floating_point() else rows[0]

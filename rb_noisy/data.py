@@ -215,7 +215,10 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def from_bytes(images: Tensor) -> Tensor:
     """The float32 images in [0, 1] that `to_bytes` was given."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    if images.dtype != torch.uint8:
+        return images
+    # By a tensor, because a GPU multiplies by the reciprocal of a number, which is off by a bit for half of the values.
+    return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
 def _digits(name: str, root: Path, download: bool) -> Dataset:

@@ -1,4 +1,4 @@
-"""One optimiser step: attack, passes, target, loss, update. Nothing in it waits for the device."""
+"""One optimiser step: attack, passes, target, loss, update."""
 
 from __future__ import annotations
 

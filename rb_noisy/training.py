@@ -6,7 +6,8 @@ A run folder holds `run.json` (the recipe and the shape of the data), `metrics.j
 resumed epoch draws what the uninterrupted one would have drawn.
 
 The training images lie on the device as bytes where they are bytes. Within an epoch the host never waits for the
-device, but for a checkpoint, and where a target decides anew which label to attack (`kgr`, `annotator`).
+device, but for checkpoints and the clock of several processes, and where a target decides anew which label to attack
+(`kgr`, `annotator`).
 
 Which passes move the BatchNorm statistics: the training pass on x̃, then the one on x where the method has one (so
 that natural statistics come last, as in the released SGLR code); the attack only with `attack_mode="train"`; with AWP
@@ -78,7 +79,8 @@ def train(
         resume: continue from the last checkpoint of the run there (or start, if there is none), on any number of
             processes.
         checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
-        max_minutes: after so many minutes, finish the step under way, write a checkpoint and return; None for no limit.
+        max_minutes: after so many minutes, finish the step under way (the epoch, if it is its last), write a checkpoint
+            and return; None for no limit. Several processes look at the clock every `CLOCK_STEPS` steps only.
         data_root: where data sets are kept, see `rb_noisy.data.load_data`.
         on_batch: called with (epoch, batches done, batches in the epoch).
         on_epoch: called with the metrics of each finished epoch.
@@ -87,27 +89,36 @@ def train(
         InputError: the folder holds another run, or the recipe cannot be carried out.
         TrainingDiverged: the loss became NaN or infinite.
     """
-    started = time.monotonic()
-    for name, minutes in (("checkpoint_minutes", checkpoint_minutes), ("max_minutes", max_minutes)):
-        if minutes is not None and not minutes > 0:
+    limit = math.inf if max_minutes is None else max_minutes
+    for name, minutes in (("checkpoint_minutes", checkpoint_minutes), ("max_minutes", limit)):
+        if minutes is None or not minutes > 0:
             raise InputError(f"{name} is {minutes}; give a number above 0")
-    trainer = _Trainer(recipe, Path(run_dir), resume, data_root)
-    trainer.started, trainer.checkpoint_minutes = started, checkpoint_minutes
-    trainer.max_minutes = math.inf if max_minutes is None else max_minutes
+    trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit)
     return trainer.run(on_batch, on_epoch)
 
 
 class _Trainer:
-    checkpoint_minutes, max_minutes = 10.0, math.inf
-
-    def __init__(self, recipe: Recipe, path: Path, resume: bool, data_root: str | Path | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        resume: bool,
+        data_root: str | Path | None,
+        checkpoint_minutes: float = 10.0,
+        max_minutes: float = math.inf,
+    ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
 
         from rb_noisy.backbones import FIXED_SIZE, build_backbone
 
-        self.recipe, self.path = recipe, path
+        self.recipe, self.path, self.started = recipe, path, time.monotonic()
+        self.checkpoint_minutes, self.next_checkpoint, self.max_minutes = (
+            checkpoint_minutes,
+            checkpoint_minutes,
+            max_minutes,
+        )
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
@@ -116,7 +127,7 @@ class _Trainer:
         cpu = not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
         self.device = self.accelerator.device
-        self.targets = recipe.make_targets()
+        targets = recipe.make_targets()
 
         data, labels = training_set(recipe, data_root)
         x, y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
@@ -148,17 +159,16 @@ class _Trainer:
         self.averager = None if averaging is None else Averager(self.model, averaging)
         teachers = {
             name: load_teacher(name, data.x_train[:2], data.num_classes).to(self.device)
-            for name in self.targets.teachers
+            for name in targets.teachers
             if name != "average"
         }
-        self.record = SampleRecord(y, data.num_classes, self.targets.start_average)
+        self.record = SampleRecord(y, data.num_classes, targets.start_average)
         self.step = Step(
             *(recipe, self.accelerator, self.model, self.wrapped, self.optimizer),
             *(self.averager, teachers, self.record, x, y),
         )
         state = path / "state.safetensors"
         self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
-        self.started = time.monotonic()
         self.progress = self._begin(resume)
         self.saved = "no checkpoint was written" if self.progress == Progress() else f"{state} ({self.progress})"
 
@@ -173,12 +183,12 @@ class _Trainer:
         on_epoch: Callable[[dict[str, Any]], None] | None,
     ) -> Run:
         began = self.progress
-        self.next_checkpoint = self.checkpoint_minutes
         while self.progress.epoch < self.recipe.epochs:
             trained = self._train_epoch(on_batch)
             if trained is None:
                 break
             before, metrics = self.progress, {"epoch": self.progress.epoch, **trained}
+            metrics["processes"] = self.accelerator.num_processes
             if self.accelerator.is_main_process:
                 metrics |= self.tracker.measure(self.evaluated, before.epoch, self.device)
                 metrics["seconds"] = round(before.seconds + time.perf_counter() - self.epoch_started, 3)
@@ -215,13 +225,18 @@ class _Trainer:
         first = progress.done / chunk  # not a whole number where another number of processes began the epoch
         total = first + len(batches)
         if not progress.done:
-            self.targets.begin_epoch(self.record, epoch)
+            self.step.targets.begin_epoch(self.record, epoch)
             self.record.forget_epoch()
         for step, batch in enumerate(batches):
             share = epoch + (first + step) / total
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(share)
-            loss, norm = self.step(batch, epoch, share, draws)
+            try:
+                loss, norm = self.step(batch, epoch, share, draws)
+            except RuntimeError:  # to draw a label from a NaN, say, before anyone has looked at the losses
+                self._check_losses()
+                self._check_weights()
+                raise
             if self.averager is not None:
                 self.averager.after_step(self.model)
             progress.losses.append(loss)
@@ -288,7 +303,7 @@ class _Trainer:
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
     def _check_losses(self) -> None:
-        losses = torch.stack(self.progress.losses)
+        losses = torch.stack(self.progress.losses or [torch.zeros(())])
         if not losses.isfinite().all():
             batch = int((~losses.isfinite()).nonzero()[0])
             raise self._diverged(f"the loss is {losses[batch].item()}", batch)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from rb_noisy.errors import InputError
 
@@ -99,13 +99,9 @@ class WeightAverage:
         if not 0 <= self.decay < 1:
             raise InputError(f"decay is {self.decay}; give a number from 0 to below 1")
 
-    def update(self, averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        """Move averages of one dtype, after `count` updates, towards the current values."""
-        if not averages[0].is_floating_point():  # counters and index tables cannot be averaged
-            torch._foreach_copy_(averages, current)
-            return
-        t = int(count)
-        get_ema_multi_avg_fn(min(self.decay, (1 + t) / (10 + t)))(averages, current, count)
+    def kept(self, count: int) -> float:
+        """The share of itself that the average keeps in the update after `count` updates, 0..1."""
+        return min(self.decay, (1 + count) / (10 + count)) if count else 0.0
 
 
 @dataclass(frozen=True)
@@ -133,10 +129,7 @@ class Averager:
 
     def __init__(self, model: nn.Module, rule: AveragingRule):
         self.rule = rule
-        if isinstance(rule, WeightAverage):
-            self._average = AveragedModel(model, multi_avg_fn=rule.update, use_buffers=True)
-        else:
-            self._average = AveragedModel(model)
+        self._average = AveragedModel(model)
         self._average.requires_grad_(False).eval()
 
     @property
@@ -149,10 +142,22 @@ class Averager:
         """Whether `model` is an average yet, not a copy of the plain weights."""
         return bool(self._average.n_averaged > 0)
 
+    @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         """WA's update; SWA waits for the end of the epoch."""
-        if isinstance(self.rule, WeightAverage):
-            self._average.update_parameters(model)
+        if not isinstance(self.rule, WeightAverage):
+            return
+        # Not by AveragedModel, which takes its counter to the device and back in every step. Here it stays on the CPU.
+        kept = self.rule.kept(int(self._average.n_averaged))
+        averages, current = ([*network.parameters(), *network.buffers()] for network in (self.model, model))
+        pairs = [(a.detach(), c.detach()) for a, c in zip(averages, current, strict=True)]
+        moving = [pair for pair in pairs if kept and pair[0].is_floating_point()]
+        if moving:
+            torch._foreach_lerp_(*map(list, zip(*moving, strict=True)), 1 - kept)
+        for average, value in pairs:
+            if not (kept and average.is_floating_point()):  # counters and index tables cannot be averaged
+                average.copy_(value)
+        self._average.n_averaged += 1
 
     def after_epoch(self, model: nn.Module, share: float) -> None:
         """SWA's update. `share` is the share of the run that is done, this epoch included, 0..1."""

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rb_noisy import data
-from rb_noisy.data import augment, data_root, load_data
+from rb_noisy.data import augment, data_root, from_bytes, load_data, pixels, to_bytes
 from rb_noisy.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -307,6 +307,15 @@ def test_a_relative_file_is_looked_for_here_first_then_among_the_data_sets(tmp_p
     assert len(load_data("npz:a.npz").x_train) == 3
     with pytest.raises(InputError, match=r"there is no file b\.npz"):
         load_data("npz:b.npz")
+
+
+def test_images_that_are_bytes_come_back_from_bytes_as_they_were():
+    levels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    images = pixels(levels.numpy())
+    assert torch.equal(to_bytes(images), levels)
+    assert torch.equal(from_bytes(levels), images)
+    other = images + 1e-3
+    assert to_bytes(other) is other
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, np.float16])

@@ -630,6 +630,9 @@ def test_training_stops_when_its_time_is_up_and_goes_on_where_it_was(tiny_recipe
     for minutes in (0, -1, float("nan")):
         with pytest.raises(InputError, match="max_minutes"):
             train(recipe, tmp_path / "other", max_minutes=minutes)
+    with pytest.raises(InputError, match="checkpoint_minutes is None"):
+        train(recipe, tmp_path / "other", checkpoint_minutes=None)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_command_stops_in_time_and_says_how_to_go_on(tiny_recipe, tmp_path):
@@ -647,13 +650,22 @@ def test_the_command_stops_in_time_and_says_how_to_go_on(tiny_recipe, tmp_path):
 class NoWaiting(TorchDispatchMode):
     """Fails where the host reads a value off the device, or where a shape depends on one."""
 
-    def __init__(self, on_cpu):
+    def __init__(self, on_cpu, monkeypatch):
         super().__init__()
         self.on_cpu = {tensor.data_ptr() for tensor in on_cpu}
+        for name in ("cpu", "tolist", "numpy"):  # which do nothing to be seen below where the tensor is on the CPU
+            monkeypatch.setattr(torch.Tensor, name, self.refused)
+
+    @staticmethod
+    def refused(*_):
+        raise AssertionError("a value was read off the device")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-        assert func.overloadpacket.__name__ not in waiting or args[0].data_ptr() in self.on_cpu, func
+        name = func.overloadpacket.__name__
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "multinomial")
+        assert name not in waiting or args[0].data_ptr() in self.on_cpu, func
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a mask as index"
         return func(*args, **(kwargs or {}))
 
 
@@ -664,11 +676,24 @@ def test_no_step_waits_for_the_device(method, tiny_recipe, tmp_path, monkeypatch
     trainer = _Trainer(tiny_recipe(method=method, augment=True, **fast), tmp_path / "run", False, None)
     # On a CPU, though not on a GPU, one_hot looks at its labels.
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, classes: torch.eye(classes, dtype=torch.int64)[y])
-    trainer.targets.begin_epoch(trainer.record, 1)
-    draws = torch.Generator().manual_seed(0)
-    with NoWaiting([trainer.record.temperature]):  # which is kept on the CPU also where the network is not
+    trainer.step.targets.begin_epoch(trainer.record, 1)
+    draws, averager = torch.Generator().manual_seed(0), trainer.averager
+    # These two are kept on the CPU also where the network is not.
+    on_cpu = [trainer.record.temperature, *([averager._average.n_averaged] if averager else [])]
+    with NoWaiting(on_cpu, monkeypatch):
         for step in range(2):
             trainer.step(torch.arange(16) + 16 * step, 1, 1.0, draws)
+            if averager is not None:
+                averager.after_step(trainer.model)
+
+
+def test_a_step_that_waits_for_the_device_would_be_seen(tiny_recipe, tmp_path, monkeypatch):
+    """κ-guided refinement draws its labels on the CPU, and says so."""
+    recipe = tiny_recipe(method="pgd-at+kgr", target_options={"start_epoch": 0})
+    trainer = _Trainer(recipe, tmp_path / "run", False, None)
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, classes: torch.eye(classes, dtype=torch.int64)[y])
+    with NoWaiting([trainer.record.temperature], monkeypatch), pytest.raises(AssertionError, match="off the device"):
+        trainer.step(torch.arange(16), 1, 1.0, torch.Generator().manual_seed(0))
 
 
 def test_images_lie_on_the_device_as_bytes_where_they_are_bytes(tiny_recipe, tmp_path):
@@ -720,8 +745,8 @@ def test_an_epoch_begun_by_one_process_is_ended_by_two(tiny_recipe, tmp_path):
     with pytest.raises(Killed):
         train(recipe, tmp_path / "run", checkpoint_minutes=1e-9, on_batch=die)
     state = load_file(tmp_path / "run" / "state.safetensors")
-    seen = (state["record.kappa"] >= 0).sum()
-    assert seen == 3 * 16
+    seen = state["record.kappa"] >= 0
+    assert seen.sum() == 3 * 16
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launcher, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run"), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -729,4 +754,62 @@ def test_an_epoch_begun_by_one_process_is_ended_by_two(tiny_recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run.open(tmp_path / "run")
     assert run.finished
-    assert (run.history().kappa[1] >= 0).all()
+    assert [line["processes"] for line in run.metrics] == [1, 2]
+    history = run.history()
+    assert (history.kappa[1] >= 0).all()
+    assert torch.equal(history.loss[1][seen], state["record.loss"][seen]), "they are not trained on again"
+
+
+@pytest.mark.parametrize("method", ["pgd-at+sglr+wa", "trades+awp"])
+def test_two_processes_stop_within_an_epoch_and_go_on_bit_by_bit(method, tiny_recipe, tmp_path):
+    """Each has BatchNorm statistics and random numbers of its own; one process takes the run over as well."""
+    options = {"augment": True, "backbone_options": {"drop_rate": 0.2}, "batch_size": 8}
+    recipe = tiny_recipe(method=method, epochs=2, **options)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    (tmp_path / "program.py").write_text(
+        "import sys, torch\nimport rb_noisy.training as training\nfrom rb_noisy import Recipe\n"
+        "training.CLOCK_STEPS = 3\n"
+        f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
+        "minutes = float(sys.argv[2])\n"
+        "while not training.train(recipe, sys.argv[1], True, max_minutes=minutes).finished:\n"
+        "    if len(sys.argv) > 3: break\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "program.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch(*arguments):
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch(str(tmp_path / "whole"), "1e9")
+    launch(str(tmp_path / "parts"), "1e-9")
+    whole, parts = Run.open(tmp_path / "whole"), Run.open(tmp_path / "parts")
+    assert same(weights(whole), weights(parts))
+    for a, b in zip(whole.metrics, parts.metrics, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    launch(str(tmp_path / "begun"), "1e-9", "once")
+    assert not Run.open(tmp_path / "begun").finished
+    assert train(recipe, tmp_path / "begun", resume=True).finished
+
+
+def test_a_step_that_fails_on_a_broken_network_is_told_as_a_divergence(tiny_recipe, tmp_path):
+    """κ-guided refinement cannot draw a label from a NaN; on a GPU it is the first to notice."""
+    recipe = tiny_recipe(method="pgd-at+kgr", target_options={"start_epoch": 0}, epochs=3)
+    trainer = _Trainer(recipe, tmp_path / "run", False, None)
+
+    def poison(epoch, batch, batches):
+        if (epoch, batch) == (1, 2):
+            with torch.no_grad():
+                trainer.model.head.fc.weight.fill_(float("nan"))
+
+    with pytest.raises(TrainingDiverged, match="weights are no longer finite in epoch 2"):
+        trainer.run(poison, None)
+
+
+def test_a_state_of_another_version_is_named_and_kept(tiny_recipe, tmp_path):
+    train(tiny_recipe(epochs=1), tmp_path / "run")
+    file = tmp_path / "run" / "state.safetensors"
+    save_file(load_file(file), file, {"epoch": "0", "best": "0.5"})
+    with pytest.raises(InputError, match="written by another version"):
+        train(tiny_recipe(epochs=1), tmp_path / "run", resume=True)
+    assert file.is_file()

@@ -234,6 +234,14 @@ def test_large_weights_are_fetched_on_first_use_and_go_on_where_the_connection_b
     assert "cannot be fetched from hf://someone/large" in failed.stderr
 
 
+def test_a_place_on_the_hub_is_checked_before_anything_is_written(run, tmp_path):
+    with pytest.raises(InputError, match="'only-a-user' is no place on the Hugging Face Hub; give USER/REPO"):
+        registry.publish(run.path, "x", zoo=tmp_path / "other", hub="only-a-user")
+    assert not (tmp_path / "other").exists()
+    registry.publish(run.path, "x", zoo=tmp_path / "other", hub="hf://someone/large")
+    assert registry.read_card("x", tmp_path / "other")["weights"]["hub"] == "someone/large"
+
+
 def test_half_precision_halves_the_file_and_brings_no_figures_of_the_full_one(run, tmp_path):
     registry.publish(run.path, "full", zoo=tmp_path / "zoo")
     full = registry.read_card("full", tmp_path / "zoo")

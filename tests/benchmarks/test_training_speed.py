@@ -76,6 +76,8 @@ def our_step(images, folder, **fields):
         batch_size=BATCH,
         lr=0.1,
         normalize=False,
+        augment=False,
+        attack_mode="train",
         epochs=10,
         track=10,
         **fields,

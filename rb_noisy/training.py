@@ -17,6 +17,8 @@ processes each keep their own statistics within an epoch; at its end they are av
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import time
@@ -205,6 +207,8 @@ class _Trainer:
         if done and self.accelerator.is_main_process and (began is not self.progress or not final.is_file()):
             save_weights(self.evaluated, final)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            _leave_group_at_exit()
         return Run.open(self.path)
 
     def _train_epoch(self, on_batch: Callable[[int, int, int], None] | None) -> dict[str, float] | None:
@@ -360,6 +364,15 @@ class _Trainer:
         self.progress = progress
         self.checkpoint.save(progress)
         self.saved = f"{self.checkpoint.file} ({progress})"
+
+
+@functools.cache
+def _leave_group_at_exit() -> None:
+    """A process that ends with threads of its process group still running is aborted now and then (SIGABRT)."""
+    from torch import distributed
+
+    # Not at once: what called `train` may train again, or gather something.
+    atexit.register(lambda: distributed.destroy_process_group() if distributed.is_initialized() else None)
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

@@ -116,11 +116,8 @@ class _Trainer:
         from rb_noisy.backbones import FIXED_SIZE, build_backbone
 
         self.recipe, self.path, self.started = recipe, path, time.monotonic()
-        self.checkpoint_minutes, self.next_checkpoint, self.max_minutes = (
-            checkpoint_minutes,
-            checkpoint_minutes,
-            max_minutes,
-        )
+        self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
+        self.next_checkpoint = checkpoint_minutes
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.

@@ -11,15 +11,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors.torch import save
 from torch import nn
 
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.recipes import Recipe
-from rb_noisy.runs import Run, load_weights, save_tensors
+from rb_noisy.runs import Run, load_weights
 
 BUILT_IN = Path(__file__).parent
 Card = dict[str, Any]
@@ -221,11 +221,7 @@ def publish(
         raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
     old_weights = _read(old)["weights"]["file"] if old else None
 
-    with TemporaryDirectory() as scratch:
-        source = run.path / f"{checkpoint}.safetensors"
-        if half:
-            source = _halved(model, Path(scratch) / source.name)
-        weights = source.read_bytes()
+    weights = _halved(model) if half else (run.path / f"{checkpoint}.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     card = run_card(run, name, checkpoint) | {"authors": authors, "link": link}
     card["parameters"] = sum(p.numel() for p in model.parameters())
@@ -246,12 +242,12 @@ def publish(
     return file
 
 
-def _halved(model: nn.Module, file: Path) -> Path:
+def _halved(model: nn.Module) -> bytes:
+    """A network's state in fp16, as the bytes of a safetensors file."""
     state = {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}
     if beyond := [name for name, v in state.items() if not v.isfinite().all()]:
         raise InputError(f"{beyond[0]} has values beyond the range of fp16 (65504); publish in full precision")
-    save_tensors(state, file, {})
-    return file
+    return save(state)
 
 
 def run_card(run: Run, name: str, checkpoint: str) -> Card:

@@ -186,8 +186,8 @@ class _Trainer:
             trained = self._train_epoch(on_batch)
             if trained is None:
                 break
-            before, metrics = self.progress, {"epoch": self.progress.epoch, **trained}
-            metrics["processes"] = self.accelerator.num_processes
+            before = self.progress
+            metrics = {"epoch": before.epoch, **trained, "processes": self.accelerator.num_processes}
             if self.accelerator.is_main_process:
                 metrics |= self.tracker.measure(self.evaluated, before.epoch, self.device)
                 metrics["seconds"] = round(before.seconds + time.perf_counter() - self.epoch_started, 3)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -29,6 +30,23 @@ def weights(run, checkpoint="final"):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+LAUNCHERS = {  # the two ways to start several processes
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", "2"),
+}
+
+
+def two_processes(launcher, *arguments):
+    """Run them on the CPU to their end; what became of them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def succeed(done):
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 METHODS = [
@@ -477,18 +495,11 @@ def test_two_processes_train_one_model(tiny_recipe, tmp_path):
         "both = trainer.accelerator.gather(state)\n"
         "assert len(both) == 2 and torch.equal(both[0], both[1]), 'the processes have drifted apart'\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "program.py")]
-
-    def launch(*arguments):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=180)
-
-    done = launch(str(tmp_path / "whole"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert launch(str(tmp_path / "parts"), "stop").returncode != 0
+    launch = functools.partial(two_processes, "torchrun", tmp_path / "program.py")
+    succeed(launch(tmp_path / "whole"))
+    assert launch(tmp_path / "parts", "stop").returncode != 0
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 1
-    done = launch(str(tmp_path / "parts"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(launch(tmp_path / "parts"))
     whole, parts = Run.open(tmp_path / "whole"), Run.open(tmp_path / "parts")
     assert same(weights(whole), weights(parts))
     state = load_file(whole.path / "state.safetensors")
@@ -709,15 +720,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tiny_recipe, tmp_pa
     fields = {"method": "st+sglr+wa", "backbone": "strided_cnn", "epochs": 3, "target_options": {"start_epoch": 0}}
     recipe = tiny_recipe(batch_size=16, **fields)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launcher, "-m", "rb_noisy", "train", "--recipe", str(tmp_path / "recipe.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def launch(*arguments):
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    launch("--out", str(tmp_path / "two"))
+    command = ("-m", "rb_noisy", "train", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "two")
+    succeed(two_processes("accelerate", *command))
     two, one = Run.open(tmp_path / "two"), train(tiny_recipe(batch_size=32, **fields), tmp_path / "one")
     states = [load_file(run.path / "state.safetensors") for run in (one, two)]
     for name in (*(f"model.{n}" for n in weights(one)), "record.average", "record.votes", "record.loss"):
@@ -744,11 +748,7 @@ def test_an_epoch_begun_by_one_process_is_ended_by_two(tiny_recipe, tmp_path):
     state = load_file(tmp_path / "run" / "state.safetensors")
     seen = state["record.kappa"] >= 0
     assert seen.sum() == 3 * 16
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launcher, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run"), "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(two_processes("accelerate", "-m", "rb_noisy", "train", "--out", tmp_path / "run", "--resume"))
     run = Run.open(tmp_path / "run")
     assert run.finished
     assert [line["processes"] for line in run.metrics] == [1, 2]
@@ -770,20 +770,14 @@ def test_two_processes_stop_within_an_epoch_and_go_on_bit_by_bit(tiny_recipe, tm
         "while not training.train(recipe, sys.argv[1], True, max_minutes=minutes).finished:\n"
         "    if len(sys.argv) > 3: break\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "program.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def launch(*arguments):
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    launch(str(tmp_path / "whole"), "1e9")
-    launch(str(tmp_path / "parts"), "1e-9")
+    launch = functools.partial(two_processes, "torchrun", tmp_path / "program.py")
+    succeed(launch(tmp_path / "whole", "1e9"))
+    succeed(launch(tmp_path / "parts", "1e-9"))
     whole, parts = Run.open(tmp_path / "whole"), Run.open(tmp_path / "parts")
     assert same(weights(whole), weights(parts))
     for a, b in zip(whole.metrics, parts.metrics, strict=True):
         assert a | {"seconds": 0} == b | {"seconds": 0}
-    launch(str(tmp_path / "begun"), "1e-9", "once")
+    succeed(launch(tmp_path / "begun", "1e-9", "once"))
     assert not Run.open(tmp_path / "begun").finished
     assert train(recipe, tmp_path / "begun", resume=True).finished
 

@@ -14,18 +14,18 @@ from torch.nn import functional as F
 from rb_noisy.backbones import build_backbone
 from rb_noisy.recipes import Recipe
 from rb_noisy.training import _Trainer
+from tests.conftest import threads
 
 BATCH, EPS, ALPHA, STEPS = 64, 8 / 255, 2 / 255, 10
 NETWORK = {"width": 0.25}  # of PreAct-ResNet-18, so that the suite stays quick
 rounds = {"rounds": 3, "warmup_rounds": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def both_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def both_cores(one_thread):
+    """After `one_thread`, which every test begins with."""
+    with threads(2):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import math
 import time
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rb_noisy.checkpoint import Checkpoint, Progress
 from rb_noisy.data import Dataset, from_bytes, to_bytes
@@ -50,6 +51,11 @@ from rb_noisy.step import Step
 from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
 from rb_noisy.weights import Averager
+
+if distributed.is_available():
+    # Default arguments in it keep the group that exists when it is first imported (see `_leave_group_at_exit`). PyTorch
+    # imports it with the first network of several processes; here no group exists yet.
+    import torch.distributed.nn.functional
 
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
 CLOCK_STEPS = 20
@@ -365,11 +371,18 @@ class _Trainer:
 
 @functools.cache
 def _leave_group_at_exit() -> None:
-    """A process that ends with threads of its process group still running is aborted now and then (SIGABRT)."""
-    from torch import distributed
+    """A process that ends with threads of its process group still running is aborted now and then (SIGABRT).
+
+    They end with the last reference to the group. The network that averages gradients has one.
+    """
+
+    def leave() -> None:
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
     # Not at once: what called `train` may train again, or gather something.
-    atexit.register(lambda: distributed.destroy_process_group() if distributed.is_initialized() else None)
+    atexit.register(leave)
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

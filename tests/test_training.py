@@ -483,17 +483,24 @@ def test_two_processes_train_one_model(tiny_recipe, tmp_path):
     recipe = tiny_recipe(method="pgd-at+kgr+awp+wa", batch_size=16, epochs=3)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     (tmp_path / "program.py").write_text(
-        "import os, sys, time, torch\nfrom pathlib import Path\nfrom rb_noisy import Recipe\n"
+        "import atexit, glob, os, sys, time, torch\nfrom pathlib import Path\nfrom rb_noisy import Recipe\n"
         "from rb_noisy.training import _Trainer\n"
+        "def threads():\n    return [open(name).read().strip() for name in glob.glob('/proc/self/task/*/comm')]\n"
+        "def check():  # the last to be called at exit\n"
+        "    if any('gloo' in name for name in threads()): print(threads(), file=sys.stderr, flush=True); os._exit(7)\n"
+        "atexit.register(check)\n"
         f"recipe = Recipe.from_json(open({str(tmp_path / 'recipe.json')!r}).read())\n"
         "time.sleep(int(os.environ['RANK']))  # the late one must not take the folder for another run's\n"
         "def stop(line):\n    if len(sys.argv) > 2: os._exit(9)\n"
-        "trainer = _Trainer(recipe, Path(sys.argv[1]), True, None)\n"
-        "trainer.run(None, stop)\n"
-        "states = (trainer.model.state_dict(), trainer.evaluated.state_dict(), {'votes': trainer.record.votes})\n"
-        "state = torch.cat([v.double().flatten() for part in states for v in part.values()])[None]\n"
-        "both = trainer.accelerator.gather(state)\n"
-        "assert len(both) == 2 and torch.equal(both[0], both[1]), 'the processes have drifted apart'\n"
+        "def run():\n"
+        "    trainer = _Trainer(recipe, Path(sys.argv[1]), True, None)\n"
+        "    trainer.run(None, stop)\n"
+        "    states = (trainer.model.state_dict(), trainer.evaluated.state_dict(), {'votes': trainer.record.votes})\n"
+        "    state = torch.cat([v.double().flatten() for part in states for v in part.values()])[None]\n"
+        "    both = trainer.accelerator.gather(state)\n"
+        "    assert len(both) == 2 and torch.equal(both[0], both[1]), 'the processes have drifted apart'\n"
+        "    assert sys.platform != 'linux' or any('gloo' in name for name in threads())\n"
+        "run()\n"
     )
     launch = functools.partial(two_processes, "torchrun", tmp_path / "program.py")
     succeed(launch(tmp_path / "whole"))

@@ -52,11 +52,6 @@ from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
 from rb_noisy.weights import Averager
 
-if distributed.is_available():
-    # Default arguments in it keep the group that exists when it is first imported (see `_leave_group_at_exit`). PyTorch
-    # imports it with the first network of several processes; here no group exists yet.
-    import torch.distributed.nn.functional
-
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
 CLOCK_STEPS = 20
 

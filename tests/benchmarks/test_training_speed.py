@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from rb_noisy.backbones import build_backbone
 from rb_noisy.recipes import Recipe
@@ -87,14 +88,34 @@ def our_step(images, folder, **fields):
     return lambda: trainer.step(index, 0, 0.0, draws)[0]
 
 
+def where(step):
+    """Peak of the tensors that one step allocates, in MiB, and the shares of its time, in %."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = np.cumsum([size for _, size in changes]).max() / 2**20
+    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(times.values())
+    parts = {"convolutions": "conv", "BatchNorm": "batch_norm"}
+    shares = {part: sum(t for key, t in times.items() if name in key) / total for part, name in parts.items()}
+    return round(float(peak)), {part: round(100 * share) for part, share in shares.items()}
+
+
 @pytest.mark.benchmark(group="a PGD-10 training step of a PreAct-ResNet-18 of a quarter of the width")
 @pytest.mark.parametrize("loop", ["published", "ours", "ours, bf16"])
-def test_training_step(loop, benchmark, images, tmp_path):
+def test_training_step(loop, benchmark, images, tmp_path, capsys):
     precision = "bf16" if "bf16" in loop else "no"
     step = published_step(images) if loop == "published" else our_step(images, tmp_path / "run", precision=precision)
     loss = benchmark.pedantic(step, **rounds)
-    benchmark.extra_info["images_per_second"] = round(BATCH / benchmark.stats.stats.median, 1)
     assert torch.isfinite(loss)
+    mebibytes, shares = where(step)
+    speed = round(BATCH / benchmark.stats.stats.median, 1)
+    benchmark.extra_info.update(images_per_second=speed, peak_mib=mebibytes, shares=shares)
+    others = 100 - sum(shares.values())
+    split = ", ".join(f"{part} {share}%" for part, share in (shares | {"all else": others}).items())
+    with capsys.disabled():
+        print(f"\n{loop}: {speed} images per second, at most {mebibytes} MiB of tensors beside the model; {split}")
 
 
 @pytest.mark.benchmark(group="what SGLR adds to a PGD-10 training step")

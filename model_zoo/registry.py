@@ -309,6 +309,8 @@ def _training_summary(run: Run) -> dict[str, Any]:
         "final": figures(final),
         "pgd_acc_diff": best["test_pgd_acc"] - final["test_pgd_acc"],
         "seconds": round(sum(line["seconds"] for line in run.metrics), 1),
+        # A step's batch is that of all processes together; each normalised its own part.
+        "processes": sorted({line.get("processes", 1) for line in run.metrics}),
     }
 
 

@@ -54,6 +54,7 @@ def test_a_card_has_robustbenchs_fields_first_and_all_that_makes_the_model_again
     assert card["noise"] == {"kind": "symmetric", "rate": 0.3, "seed": 0}
     assert (card["checkpoint"], card["authors"], card["eps"]) == ("final", "someone", "0.1")
     assert card["training"]["final"]["test_pgd_acc"] == run.metrics[-1]["test_pgd_acc"]
+    assert card["training"]["processes"] == [1]
 
 
 def test_models_are_listed_by_data_set_noise_and_method(run, zoo):

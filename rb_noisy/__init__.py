@@ -15,10 +15,12 @@ from rb_noisy.errors import InputError
 if TYPE_CHECKING:
     from model_zoo.registry import list_models, load_model
     from rb_noisy.annotation import annotate
-    from rb_noisy.attacks import AttackResult, kappa, pgd
+    from rb_noisy.attacks import AttackResult, pgd
     from rb_noisy.autoattack import run_autoattack
     from rb_noisy.confidence import Calibrated, calibrate
     from rb_noisy.data import load_data
+    from rb_noisy.fast import fast_form
+    from rb_noisy.geometry import kappa, stands
     from rb_noisy.label_issues import LabelIssues, find_label_issues
     from rb_noisy.noise import NoisyLabels, corrupt
     from rb_noisy.recipes import Recipe
@@ -37,6 +39,7 @@ __all__ = [
     "annotate",
     "calibrate",
     "corrupt",
+    "fast_form",
     "find_label_issues",
     "kappa",
     "list_models",
@@ -44,6 +47,7 @@ __all__ = [
     "load_model",
     "pgd",
     "run_autoattack",
+    "stands",
     "train",
 ]
 
@@ -51,10 +55,12 @@ __all__ = [
 _HOMES = {
     "model_zoo.registry": ("list_models", "load_model"),
     "rb_noisy.annotation": ("annotate",),
-    "rb_noisy.attacks": ("AttackResult", "kappa", "pgd"),
+    "rb_noisy.attacks": ("AttackResult", "pgd"),
     "rb_noisy.autoattack": ("run_autoattack",),
     "rb_noisy.confidence": ("Calibrated", "calibrate"),
     "rb_noisy.data": ("load_data",),
+    "rb_noisy.fast": ("fast_form",),
+    "rb_noisy.geometry": ("kappa", "stands"),
     "rb_noisy.label_issues": ("LabelIssues", "find_label_issues"),
     "rb_noisy.noise": ("NoisyLabels", "corrupt"),
     "rb_noisy.recipes": ("Recipe",),

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import in_mode, kappa
+from rb_noisy.attacks import in_mode
 from rb_noisy.data import image_files, npz_images, open_npz, pixels, read_image
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
+from rb_noisy.geometry import kappa
 from rb_noisy.measures import wilson_interval
 
 

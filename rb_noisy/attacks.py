@@ -116,7 +116,7 @@ def pgd(
     Raises:
         InputError: a setting out of range, images outside [0, 1] or not 4-dimensional, labels of another length.
     """
-    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition, images=check_images)
+    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition, images=check_images)
     judged = y if kappa_labels is None else kappa_labels
     if judged.shape != y.shape:
         raise InputError(f"{tuple(judged.shape)} kappa_labels for {len(x)} images; give one integer label per image")
@@ -127,111 +127,31 @@ def pgd(
         )
     attack_loss = _attack_loss(loss)
     radius = eps if start_radius is None else start_radius
-    start = _start(x, radius, norm, random_start, _generator(seed, generator))
+    start = start_of(x, radius, norm, random_start, generator_of(seed, generator))
     with in_mode(model, mode):
-        natural = _logits(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
+        natural = logits_of(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
         x_adv, predictions = start, []
         for _ in range(steps):
-            x_adv, prediction = _step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
+            x_adv, prediction = pgd_step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
             predictions.append(prediction)
         correct = [prediction == judged for prediction in predictions]
-        kappa_values = _kappa_of(correct, y, definition)
+        kappa_values = kappa_of(correct, y, definition)
         at_start = predictions[0] if predictions else None
         if not evaluate_final:
             return AttackResult(x_adv, kappa_values, start_prediction=at_start)
-        final_correct = _logits(model, x_adv).argmax(1) == judged
+        final_correct = logits_of(model, x_adv).argmax(1) == judged
     survived = torch.stack([*correct, final_correct]).all(0)
     return AttackResult(x_adv, kappa_values, ~survived, final_correct, at_start)
 
 
-def kappa(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    eps: float,
-    alpha: float,
-    steps: int,
-    norm: Norm = "Linf",
-    random_start: bool = True,
-    definition: Definition = "first",
-    batch_size: int = 256,
-    seed: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """The geometry value κ of every sample ([NL] §5; Zhang et al. 2021b).
-
-    κ(x, y) is the least t in {0, …, n−1} with argmax f(x⁽ᵗ⁾) ≠ y, or n if there is none. κ = 0: misclassified at the
-    start already; κ = n: PGD-n never got it. Range 0..n; a *small* κ is the suspicious end. A sample leaves the batch
-    as soon as it is misclassified. With `definition="count"` κ is the number of iterates t < n that are classified
-    as y (what the GAIRAT code computes); the two differ only where a prediction flips back, and nothing can be dropped.
-
-    Args:
-        y: labels (N,); None measures against the model's own prediction on x (for unlabelled samples).
-        batch_size: samples attacked at a time; the random start does not depend on it.
-        progress: called with the number of samples finished since the last call.
-
-    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy.
-
-    Returns:
-        (N,) int64 on the device of x.
-    """
-    device = next((p.device for p in model.parameters()), x.device)
-    _check(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1")
-    generator = _generator(seed, None)
-    values = []
-    with in_mode(model, "eval"):
-        for at in range(0, len(x), batch_size):
-            xb = x[at : at + batch_size].to(device)
-            yb = _logits(model, xb).argmax(1) if y is None else y[at : at + batch_size].to(device)
-            x_adv = _start(xb, eps, norm, random_start, generator)
-            values.append(_kappa_batch(model, xb, yb, x_adv, eps, alpha, steps, norm, definition).to(x.device))
-            if progress is not None:
-                progress(len(xb))
-    return torch.cat(values) if values else torch.zeros(0, dtype=torch.int64, device=x.device)
-
-
-def _kappa_batch(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor,
-    eps: float,
-    alpha: float,
-    steps: int,
-    norm: Norm,
-    definition: Definition,
-) -> Tensor:
-    empty = x.new_empty(0)
-    if definition == "count":
-        correct = []
-        for _ in range(steps):
-            x_adv, prediction = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
-            correct.append(prediction == y)
-        return _kappa_of(correct, y, definition)
-    result = torch.full_like(y, steps)
-    active = torch.arange(len(y), device=y.device)
-    for t in range(steps):
-        x_adv, prediction = _step(model, x_adv, x, y, empty, _cross_entropy, eps, alpha, norm)
-        right = prediction == y
-        result[active[~right]] = t
-        if not right.all():
-            active, x_adv, x, y = active[right], x_adv[right], x[right], y[right]
-            if not len(active):
-                break
-    return result
-
-
-def _kappa_of(correct: list[Tensor], y: Tensor, definition: Definition) -> Tensor:
+def kappa_of(correct: list[Tensor], y: Tensor, definition: Definition) -> Tensor:
     if not correct:
         return torch.zeros_like(y)
     right = torch.stack(correct).long()  # (n, N)
     return right.sum(0) if definition == "count" else right.cumprod(0).sum(0)
 
 
-def _step(
+def pgd_step(
     model: nn.Module,
     x_adv: Tensor,
     x: Tensor,
@@ -262,7 +182,9 @@ def _step(
     return moved.clamp(0.0, 1.0), logits.detach().argmax(1)
 
 
-def _start(x: Tensor, radius: float, norm: Norm, random_start: bool | str, generator: torch.Generator | None) -> Tensor:
+def start_of(
+    x: Tensor, radius: float, norm: Norm, random_start: bool | str, generator: torch.Generator | None
+) -> Tensor:
     if random_start is False:
         return x.clone()
 
@@ -291,7 +213,7 @@ def _l2(v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
@@ -310,7 +232,7 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
             module.training = training
 
 
-def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
+def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if seed is not None and generator is not None:
         raise InputError("both seed and generator are given; give one of them")
     return torch.Generator().manual_seed(seed) if seed is not None else generator
@@ -324,7 +246,7 @@ def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
     return ATTACK_LOSSES[loss]
 
 
-def _check(
+def check_attack(
     x: Tensor,
     y: Tensor | None,
     *,

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import NORMS, kappa, pgd
+from rb_noisy.attacks import NORMS, pgd
 from rb_noisy.calibration import fit_isotonic
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import tensors_digest, write_json
+from rb_noisy.geometry import kappa
 from rb_noisy.measures import as_float64
 
 FEATURES = ("kappa", "max_softmax", "margin", "entropy")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from rb_noisy import measures
-from rb_noisy.attacks import kappa as measure_kappa
 from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
+from rb_noisy.geometry import kappa as measure_kappa
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import PERSISTENT
 from rb_noisy.runs import History, Run

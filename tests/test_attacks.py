@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import ATTACK_LOSSES, kappa, pgd
+from rb_noisy.attacks import ATTACK_LOSSES, pgd
 from rb_noisy.errors import InputError
+from rb_noisy.geometry import kappa
 
 
 def small_net(seed=0, batchnorm=False, classes=4):

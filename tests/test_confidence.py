@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rb_noisy.attacks import kappa
 from rb_noisy.confidence import FEATURES, Calibrated, calibrate, fit_calibrator
 from rb_noisy.errors import InputError
+from rb_noisy.geometry import kappa
 from rb_noisy.measures import auroc, expected_calibration_error
 
 STEPS = 10

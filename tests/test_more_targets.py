@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import kappa
 from rb_noisy.errors import InputError
+from rb_noisy.geometry import kappa
 from rb_noisy.record import MEMORY, TEMPERATURES, SampleRecord
 from rb_noisy.targets import Batch, make_targets
 

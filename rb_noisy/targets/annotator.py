@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import in_mode, kappa
+from rb_noisy.attacks import in_mode
+from rb_noisy.geometry import kappa
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets.base import Assignment, Batch, Targets, check_at_least, check_fraction
 

@@ -1,0 +1,209 @@
+"""The geometry value κ, and whether a sample stands PGD.
+
+What is decided leaves the batch, and the next sample takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rb_noisy.attacks import (
+    ATTACK_LOSSES,
+    Definition,
+    Norm,
+    check_attack,
+    generator_of,
+    in_mode,
+    kappa_of,
+    logits_of,
+    pgd_step,
+    start_of,
+)
+from rb_noisy.errors import InputError
+
+
+def kappa(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm = "Linf",
+    random_start: bool = True,
+    definition: Definition = "first",
+    batch_size: int = 256,
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The geometry value κ of every sample ([NL] §5; Zhang et al. 2021b).
+
+    κ(x, y) is the least t in {0, …, n−1} with argmax f(x⁽ᵗ⁾) ≠ y, or n if there is none. κ = 0: misclassified at the
+    start already; κ = n: PGD-n never got it. Range 0..n; a *small* κ is the suspicious end. A sample leaves the batch
+    as soon as it is misclassified. With `definition="count"` κ is the number of iterates t < n that are classified
+    as y (what the GAIRAT code computes); the two differ only where a prediction flips back, and nothing can be dropped.
+
+    Args:
+        y: labels (N,); None measures against the model's own prediction on x (for unlabelled samples).
+        batch_size: samples attacked at a time; the random start does not depend on it.
+        progress: called with the number of samples finished since the last call.
+
+    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy.
+
+    Returns:
+        (N,) int64 on the device of x.
+    """
+    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
+    with in_mode(model, "eval"):
+        labels = _predictions(model, x, batch_size) if y is None else y
+        if definition == "first":
+            return _first_wrong(attack, x, labels, False, progress)
+        return _count_right(attack, x, labels, progress)
+
+
+def stands(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: Norm = "Linf",
+    random_start: bool = True,
+    batch_size: int = 256,
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Whether a sample stands PGD-n: none of x⁽⁰⁾ … x⁽ⁿ⁾ is misclassified. What `pgd` calls not `broken`, sooner.
+
+    Arguments and errors as in `kappa`.
+
+    Returns:
+        (N,) bool on the device of x; the mean is the any-iterate accuracy.
+    """
+    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition="first")
+    attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
+    with in_mode(model, "eval"):
+        return _first_wrong(attack, x, y, True, progress) > steps
+
+
+@dataclass(frozen=True)
+class _Attack:
+    model: nn.Module
+    eps: float
+    alpha: float
+    steps: int
+    norm: Norm
+    random_start: bool
+    generator: torch.Generator | None
+    batch_size: int
+
+    def start(self, x: Tensor) -> Tensor:
+        return start_of(x, self.eps, self.norm, self.random_start, self.generator)
+
+    def step(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The next iterate, and the predicted class of this one."""
+        loss = ATTACK_LOSSES["ce"]
+        return pgd_step(self.model, x_adv, x, y, x.new_empty(0), loss, self.eps, self.alpha, self.norm)
+
+
+@dataclass
+class _Batch:
+    """Samples that are not decided yet: place in x (B,), iterates so far (B,), label (B,), image and iterate."""
+
+    place: Tensor
+    t: Tensor
+    y: Tensor
+    x: Tensor
+    x_adv: Tensor
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __getitem__(self, rows: Tensor) -> _Batch:
+        return _Batch(*(part[rows] for part in vars(self).values()))
+
+    @staticmethod
+    def cat(batches: list[_Batch]) -> _Batch:
+        return _Batch(*(torch.cat(parts) for parts in zip(*(vars(batch).values() for batch in batches), strict=True)))
+
+
+def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, last: bool, progress: Callable[[int], None] | None) -> Tensor:
+    """(N,) the first t in 0..n−1 (with `last` in 0..n) at which x⁽ᵗ⁾ is misclassified, one more where there is none."""
+    device = _device(attack.model, x)
+    found = torch.full((len(x),), attack.steps, device=device)
+
+    def enter(first: int, count: int) -> _Batch:
+        images, labels = x[first : first + count].to(device), y[first : first + count].to(device)
+        place = torch.arange(first, first + len(images), device=device)
+        return _Batch(place, torch.zeros_like(place), labels, images, attack.start(images))
+
+    def classify(at_end: _Batch) -> None:
+        right = logits_of(attack.model, at_end.x_adv).argmax(1) == at_end.y
+        found[at_end.place[right]] = attack.steps + 1
+
+    batch = enter(0, attack.batch_size)
+    entered, reported, at_end = len(batch), 0, batch[batch.t > 0]
+    while len(batch):
+        if attack.steps:
+            moved, prediction = attack.step(batch.x_adv, batch.x, batch.y)
+            wrong = prediction != batch.y
+            found[batch.place[wrong]] = batch.t[wrong]
+            batch.t, batch.x_adv = batch.t + 1, moved
+            batch = batch[~wrong]
+        finished = batch.t == attack.steps
+        if last:
+            at_end = _Batch.cat([at_end, batch[finished]])
+            if len(at_end) >= attack.batch_size:
+                classify(at_end)
+                at_end = at_end[:0]
+        batch = batch[~finished]
+        if progress is not None:
+            progress(entered - len(batch) - reported)
+            reported = entered - len(batch)
+        if len(batch) < attack.batch_size and entered < len(x):
+            entering = enter(entered, attack.batch_size - len(batch))
+            batch, entered = _Batch.cat([batch, entering]), entered + len(entering)
+    if len(at_end):
+        classify(at_end)
+    return found.to(x.device)
+
+
+def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+    device = _device(attack.model, x)
+    values = [torch.zeros(0, dtype=torch.int64, device=x.device)]
+    for at in range(0, len(x), attack.batch_size):
+        rows = slice(at, at + attack.batch_size)
+        images, labels = x[rows].to(device), y[rows].to(device)
+        x_adv, right = attack.start(images), []
+        for _ in range(attack.steps):
+            x_adv, prediction = attack.step(x_adv, images, labels)
+            right.append(prediction == labels)
+        values.append(kappa_of(right, labels, "count").to(x.device))
+        if progress is not None:
+            progress(len(images))
+    return torch.cat(values)
+
+
+def _predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    device = _device(model, x)
+    batches = (x[at : at + batch_size].to(device) for at in range(0, len(x), batch_size))
+    predicted = [logits_of(model, batch).argmax(1).to(x.device) for batch in batches]
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *predicted])
+
+
+def _device(model: nn.Module, x: Tensor) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), x.device)
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1")
+    return batch_size

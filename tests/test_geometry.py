@@ -1,0 +1,70 @@
+"""κ and `stands` with samples that leave the batch: the verdicts of the full computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rb_noisy
+from rb_noisy.attacks import pgd
+from rb_noisy.geometry import kappa, stands
+
+ATTACK = {"eps": 0.2, "alpha": 0.05, "steps": 6, "seed": 4}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = rb_noisy.load_data("digits")
+    return rb_noisy.load_model("at_digits_sym40"), data.x_test[:60], data.y_test[:60]
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 500])
+def test_verdicts_are_those_of_the_full_computation(trained, batch_size, norm):
+    model, x, y = trained
+    attack = ATTACK | {"norm": norm, "eps": 0.2 if norm == "Linf" else 1.2, "alpha": 0.05 if norm == "Linf" else 0.3}
+    full = pgd(model, x, y, evaluate_final=True, **attack)
+    assert len(full.kappa.unique()) > 3
+    assert torch.equal(kappa(model, x, y, batch_size=batch_size, **attack), full.kappa)
+    assert torch.equal(stands(model, x, y, batch_size=batch_size, **attack), ~full.broken)
+
+
+def test_the_last_iterate_counts(trained):
+    """A sample that only x⁽ⁿ⁾ breaks has κ = n and does not stand."""
+    model, x, y = trained
+    attack = ATTACK | {"steps": 1, "alpha": 0.2}
+    full = pgd(model, x, y, evaluate_final=True, **attack)
+    late = full.broken & (full.kappa == 1)
+    assert late.any()
+    assert not stands(model, x, y, **attack)[late].any()
+
+
+def test_the_batch_is_refilled(trained):
+    """Every pass but the last few is of a whole batch, however many samples have left it."""
+    model, x, y = trained
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    try:
+        values = kappa(model, x, y, batch_size=16, **ATTACK)
+    finally:
+        hook.remove()
+    passes = (values + (values < ATTACK["steps"])).sum()  # a pass for every iterate that was looked at
+    assert sum(sizes) == passes
+    assert all(size == 16 for size in sizes[: -ATTACK["steps"]])
+
+
+@pytest.mark.parametrize("count", [0, 60])
+def test_progress_adds_up(trained, count):
+    model, x, y = trained
+    seen = []
+    assert len(stands(model, x[:count], y[:count], batch_size=16, progress=seen.append, **ATTACK)) == count
+    assert sum(seen) == count
+
+
+def test_no_steps():
+    model, x = rb_noisy.load_model("at_digits"), rb_noisy.load_data("digits").x_test[:9]
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 10
+    attack = {"eps": 0.2, "alpha": 0.05, "steps": 0, "random_start": False}
+    assert stands(model, x, y, **attack).tolist() == [False] + [True] * 8
+    assert kappa(model, x, y, **attack).tolist() == [0] * 9

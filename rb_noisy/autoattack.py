@@ -1,17 +1,15 @@
 """AutoAttack (Croce & Hein, arXiv:2003.01690), driven so that it can be stopped and resumed at any moment.
 
-The attacks, their parameters and the checks are the reference package's own; only the loop around them is ours. With
-the same seed and batch size its verdicts equal the reference's, sample by sample.
+The attacks, their parameters and the checks are the reference package's own; the loop around them is ours, and so is
+what spares them passes through the network (`rb_noisy.fewer_passes`) and makes a pass cheaper (`rb_noisy.fast`). With
+the same seed and batch size the verdicts equal the reference's, sample by sample.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from rb_noisy import compat
+from rb_noisy.autoattack_state import SURVIVED, WRONG, State, Warnings, load, save
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path, tensors_digest
+from rb_noisy.fast import FastForm, fast_form
+from rb_noisy.fewer_passes import spare_passes
+from rb_noisy.files import tensors_digest
+from rb_noisy.processes import Processes, own_file
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version's attacks, in its order."""
-
-_SURVIVED, _WRONG = -1, 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +79,9 @@ class _Task:
     batch_size: int
     device: torch.device
     attacks: tuple[str, ...]
+    reference: bool
+    processes: Processes
     report: Callable[[str, int, int], None]
-
-
-@dataclass
-class _State:
-    """All that a run has found so far; `attack` and `batch` are what comes next."""
-
-    broken_by: Tensor
-    x_adv: Tensor | None
-    attack: int = 0
-    batch: int = 0
 
 
 def run_autoattack(
@@ -106,6 +98,9 @@ def run_autoattack(
     state_path: str | os.PathLike | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     return_adversarials: bool = False,
+    reference: bool = False,
+    fast: FastForm | None = None,
+    processes: Processes | None = None,
 ) -> AutoAttackResult:
     """The standard AutoAttack on `x` (N, C, H, W) in [0, 1] with labels `y` (N,).
 
@@ -122,35 +117,51 @@ def run_autoattack(
     attack's name, `done` of its `total` samples are finished. An attack's total are the samples that the earlier ones
     left; an attack without any is skipped.
 
+    The attacks run on the fast form of the model (`fast`, else made here: `rb_noisy.fast.fast_form`) and are spared
+    passes that cannot change a verdict; what they find is confirmed by the model itself. `reference` leaves both out,
+    and so does a model whose own passes compute gradients or draw random numbers.
+
+    Several `processes`, each of which makes this same call, share the batches; all return the whole result. Each has
+    a state file of its own beside `state_path` and reads those of all, so that another number of them may go on.
+
     Raises `InputError` for unusable arguments (`seed=None` too), for fewer than 4 classes with "apgd-t" (its loss looks
     at the four largest logits), and for a state file that is damaged or of another run.
     """
-    report = progress or (lambda stage, done, total: None)
+    report, processes = progress or (lambda stage, done, total: None), processes or Processes()
     x, y = x.detach().cpu(), y.detach().cpu()
-    task = _Task(model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), report)
+    task = _Task(
+        model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
+    )
     _check_arguments(task)
+    batches = math.ceil(len(x) / batch_size)
     settings = _settings(task, return_adversarials)
-    log = _Warnings()
-    state = None if state_path is None else _load(state_path, settings, x, log)
+    log = Warnings()
+    state = None if state_path is None else load(state_path, settings, x, log)
+    if state is None:
+        broken_by = torch.where(_clean(task), SURVIVED, WRONG).to(torch.int8)
+        state = State(broken_by, x.clone() if return_adversarials else None)
+    state.share(processes, x, batches)  # none of the files is written before all are read
 
-    def save(state: _State) -> None:
+    def keep() -> None:
         if state_path is not None:
-            _save(state_path, settings, state, log)
+            save(own_file(state_path, processes), settings, state, log)
 
-    if state is None or state.attack < len(task.attacks):
+    if state.attack < len(task.attacks):
+        keep()
         # The attacks seed torch's global generator before every batch.
         with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
             adversary = _build_attacks(task, log)
             dynamic = _check_defence(task, adversary, log)
+            if not (reference or dynamic or any("andomized" in message for message in log.messages.values())):
+                spare_passes(adversary, fast_form(model) if fast is None else fast)
             with torch.no_grad(), _frozen([] if dynamic else list(model.parameters())):
-                if state is None:
-                    broken_by = torch.where(_clean(task), _SURVIVED, _WRONG).to(torch.int8)
-                    state = _State(broken_by, x.clone() if return_adversarials else None)
-                    save(state)
-                _attack(task, adversary, state, save)
+                _attack(task, adversary, state, keep)
         _check_square(task, state, log)
-        save(state)
-    robust, correct = state.broken_by == _SURVIVED, state.broken_by != _WRONG
+        keep()
+    if state_path is not None and processes.count > 1:
+        processes.wait()
+        load(state_path, settings, x, log)  # what the others were warned of
+    robust, correct = state.broken_by == SURVIVED, state.broken_by != WRONG
     return AutoAttackResult(robust, correct, state.broken_by, tuple(log.messages.values()), state.x_adv, task.attacks)
 
 
@@ -182,6 +193,7 @@ def _check_arguments(task: _Task) -> None:
 # --- the loop
 
 
+@torch.no_grad()
 def _clean(task: _Task) -> Tensor:
     total = len(task.x)
     task.report("clean", 0, total)
@@ -192,27 +204,36 @@ def _clean(task: _Task) -> Tensor:
     return torch.cat(correct)
 
 
-def _attack(task: _Task, adversary: Any, state: _State, save: Callable[[_State], None]) -> None:
+def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None]) -> None:
     """Carry `state` on to the end of all attacks, as the reference's loop does."""
+    processes = task.processes
     while state.attack < len(task.attacks):
         attack = task.attacks[state.attack]
         code = _code(attack)
         # An attack's batches are cut from those it started with, of which it may have broken some before a resume.
-        started = ((state.broken_by == _SURVIVED) | (state.broken_by == code)).nonzero(as_tuple=True)[0]
-        batches = started.split(task.batch_size) if len(started) else ()
+        started = ((state.broken_by == SURVIVED) | (state.broken_by == code)).nonzero(as_tuple=True)[0]
+        batches = dict(enumerate(started.split(task.batch_size) if len(started) else ()))
+        own = [number for number in batches if number not in state.batches][processes.index :: processes.count]
+
+        def finished(batches: dict[int, Tensor] = batches) -> int:
+            return sum(len(batches[number]) for number in state.batches)
+
         if batches:
-            task.report(attack, min(state.batch * task.batch_size, len(started)), len(started))
-        for index in batches[state.batch :]:
+            task.report(attack, finished(), len(started))
+        for number in own:
+            index = batches[number]
             y = task.y[index].to(task.device)
             x_adv = _perturb(adversary, attack, task.x[index].contiguous().to(task.device), y)
             broken = (task.model(x_adv).max(1)[1] != y).cpu()
             state.broken_by[index[broken]] = code
             if state.x_adv is not None:
                 state.x_adv[index[broken]] = x_adv.cpu()[broken]
-            state.batch += 1
-            save(state)
-            task.report(attack, min(state.batch * task.batch_size, len(started)), len(started))
-        state.attack, state.batch = state.attack + 1, 0
+            state.batches.add(number)
+            keep()
+            task.report(attack, finished(), len(started))
+        state.share(processes, task.x, math.ceil(len(task.x) / task.batch_size))
+        state.attack, state.batches = state.attack + 1, set()
+        keep()
 
 
 def _perturb(adversary: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
@@ -228,7 +249,7 @@ def _perturb(adversary: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
     return adversary.square.perturb(x, y)
 
 
-def _build_attacks(task: _Task, log: _Warnings) -> Any:
+def _build_attacks(task: _Task, log: Warnings) -> Any:
     """The reference's AutoAttack object with its standard parameters; only its attacks are used."""
     compat.install()
     from autoattack import AutoAttack
@@ -244,7 +265,7 @@ def _code(attack: str) -> int:
 
 
 def _accuracies(broken_by: Tensor, attacks: tuple[str, ...]) -> dict[str, float]:
-    left = broken_by != _WRONG
+    left = broken_by != WRONG
     accuracies = {}
     for attack in attacks:
         left = left & (broken_by != _code(attack))
@@ -268,24 +289,7 @@ def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
 # --- the reference's checks
 
 
-class _Warnings:
-    """The logger given to the reference's checks: keeps one message of each kind, that with the largest figures."""
-
-    def __init__(self) -> None:
-        self.messages: dict[str, str] = {}
-
-    def warning(self, message: str) -> None:
-        kind = re.sub(r"\d+", "#", message)
-        figures = [int(figure) for figure in re.findall(r"\d+", message)]
-        if figures >= [int(figure) for figure in re.findall(r"\d+", self.messages.get(kind, ""))]:
-            self.messages[kind] = message
-
-    def log(self, message: str) -> None:
-        """fra31's form of the same."""
-        self.warning(message.removeprefix("Warning: "))
-
-
-def _check_defence(task: _Task, adversary: Any, log: _Warnings) -> bool:
+def _check_defence(task: _Task, adversary: Any, log: Warnings) -> bool:
     """The reference's checks on the first batch; caps the target classes, returns whether the model is dynamic."""
     from autoattack import checks
 
@@ -312,14 +316,11 @@ def _check_defence(task: _Task, adversary: Any, log: _Warnings) -> bool:
     return any(checks.funcs.values())
 
 
-def _check_square(task: _Task, state: _State, log: _Warnings) -> None:
+def _check_square(task: _Task, state: State, log: Warnings) -> None:
     from autoattack import checks
 
-    clean = (state.broken_by != _WRONG).double().mean().item()
+    clean = (state.broken_by != WRONG).double().mean().item()
     checks.check_square_sr({"clean": clean, **_accuracies(state.broken_by, task.attacks)}, logger=log)
-
-
-# --- the state file
 
 
 def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
@@ -334,38 +335,5 @@ def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
         "batch_size": int(task.batch_size),
         "attacks": list(task.attacks),
         "return_adversarials": bool(return_adversarials),
+        "reference": bool(task.reference),
     }
-
-
-def _save(path: str | os.PathLike, settings: dict[str, Any], state: _State, log: _Warnings) -> None:
-    about = {**settings, "attack": state.attack, "batch": state.batch, "warnings": list(log.messages.values())}
-    arrays = {"about": np.array(json.dumps(about)), "broken_by": state.broken_by.numpy()}
-    if state.x_adv is not None:
-        arrays["x_adv"] = state.x_adv[state.broken_by > _WRONG].numpy()
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def _load(path: str | os.PathLike, settings: dict[str, Any], x: Tensor, log: _Warnings) -> _State | None:
-    """The saved state, its warnings put into `log`; None if there is no file."""
-    if not os.path.exists(path):
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            broken_by = torch.from_numpy(file["broken_by"])
-            x_adv = torch.from_numpy(file["x_adv"]) if "x_adv" in file else None
-        attack, batch, messages = about.pop("attack"), about.pop("batch"), about.pop("warnings")
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is no readable AutoAttack state ({error}); delete it or give another path") from error
-    differing = [key for key in settings if about.get(key) != settings[key]]
-    if differing:
-        what = " and ".join(differing)
-        raise InputError(f"the AutoAttack state {path} is of a run with other {what}; delete it or give another path")
-    for message in messages:
-        log.warning(message)
-    if x_adv is not None:
-        whole = x.clone()
-        whole[broken_by > _WRONG] = x_adv
-        x_adv = whole
-    return _State(broken_by, x_adv, attack, batch)

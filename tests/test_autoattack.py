@@ -12,8 +12,14 @@ import torch
 from torch import nn
 
 import rb_noisy.autoattack
+import rb_noisy.fewer_passes
 from rb_noisy.autoattack import ATTACKS, AutoAttackResult, run_autoattack
+from rb_noisy.autoattack_state import Warnings
+from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
+from rb_noisy.local_forward import LocalForward
+from rb_noisy.processes import Processes
+from tests.test_fast import build
 
 
 def small_model(classes: int = 6) -> nn.Module:
@@ -22,9 +28,9 @@ def small_model(classes: int = 6) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def small_data(model: nn.Module, n: int = 34) -> tuple[torch.Tensor, torch.Tensor]:
+def small_data(model: nn.Module, n: int = 34, shape=(1, 8, 8)) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images whose labels are the model's own predictions, but for every seventh."""
-    x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         y, classes = model(x).argmax(1), model(x).shape[1]
     y[::7] = (y[::7] + 1) % classes
@@ -62,20 +68,62 @@ def same(a: AutoAttackResult, b: AutoAttackResult) -> bool:
     return torch.equal(a.broken_by, b.broken_by) and a.warnings == b.warnings and adversarials
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_verdicts_and_adversarials_equal_the_reference_driver(norm):
+def of_the_zoo(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    data = load_data("digits")
+    return rb_noisy.load_model(name), data.x_test[20:36], data.y_test[20:36]
+
+
+def untrained(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = build(name)[0]
+    return model, *small_data(model, n=16, shape=(3, 16, 16))
+
+
+SUBJECTS = {
+    "small": (lambda name: (small_model(), *small_data(small_model())), EPS),
+    "at_digits": (of_the_zoo, {"Linf": 0.25, "L2": 0.9}),
+    "trades_sglr_digits_sym40": (of_the_zoo, {"Linf": 0.2, "L2": 0.7}),
+    "preact_resnet18": (untrained, {"Linf": 0.02, "L2": 0.8}),
+}
+
+
+@pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, (_, eps) in SUBJECTS.items() for norm in eps])
+def test_verdicts_and_adversarials_equal_the_reference_driver(name, norm, monkeypatch):
     pyautoattack = pytest.importorskip("pyautoattack")
-    model = small_model()
-    x, y = small_data(model)
-    reference = shorten(pyautoattack.AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, version="standard"))
+    monkeypatch.setattr(rb_noisy.fewer_passes, "_WORTH_CUTTING", 0)
+    make, radii = SUBJECTS[name]
+    (model, x, y), eps = make(name), radii[norm]
+    reference = shorten(pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=3, version="standard"))
     x_adv, y_adv = reference.run_standard_evaluation(x, y, batch_size=8)
 
-    result = run(model, x, y, norm=norm, eps=EPS[norm], return_adversarials=True)
+    exact = run(model, x, y, norm=norm, eps=eps, return_adversarials=True, reference=True)
+    sooner = run(model, x, y, norm=norm, eps=eps, return_adversarials=True)
 
-    assert torch.equal(result.robust, y_adv == y)
-    assert torch.equal(result.x_adv, x_adv)
-    assert 0 < result.robust_acc < result.clean_acc < 1
-    assert len(result.broken_by.unique()) >= 4  # wrong, robust, and broken by different attacks
+    assert torch.equal(exact.robust, y_adv == y)
+    assert torch.equal(exact.x_adv, x_adv)
+    assert 0 < exact.robust_acc < exact.clean_acc < 1
+    assert len(exact.broken_by.unique()) >= (4 if name == "small" else 3)  # wrong, robust, and broken by which attack
+    assert torch.equal(sooner.broken_by, exact.broken_by)
+    broken = sooner.broken_by > 0
+    with torch.no_grad():
+        assert (model(sooner.x_adv[broken]).argmax(1) != y[broken]).all()
+    order = {"Linf": torch.inf, "L2": 2, "L1": 1}[norm]
+    assert ((sooner.x_adv - x).flatten(1).norm(order, dim=1) <= eps * (1 + 1e-4)).all()
+    assert torch.equal(sooner.x_adv[~broken], x[~broken])
+
+
+def test_square_answers_from_known_maps_reach_the_same_verdicts(monkeypatch):
+    model = small_model()
+    x, y = small_data(model)
+    options = {"attacks": ("square",), "return_adversarials": True}
+    plain = run(model, x, y, reference=True, **options)
+    passed = []
+    monkeypatch.setattr(rb_noisy.fewer_passes, "_WORTH_CUTTING", 0)
+    call = LocalForward.__call__
+    monkeypatch.setattr(LocalForward, "__call__", lambda self, *a: passed.append(len(a[1])) or call(self, *a))
+    local = run(model, x, y, **options)
+    assert torch.equal(local.broken_by, plain.broken_by)
+    assert 0 < local.robust_acc < local.clean_acc
+    assert 100 < sum(passed) < 60 * len(x), "some queries change nothing"
 
 
 def test_attacks_have_the_standard_version_parameters():
@@ -83,8 +131,8 @@ def test_attacks_have_the_standard_version_parameters():
     model = small_model()
     reference = pyautoattack.AutoAttack(model, norm="L1", eps=0.5, seed=3, version="standard")
     x, y = small_data(model)
-    report, device, log = print, torch.device("cpu"), rb_noisy.autoattack._Warnings()
-    task = rb_noisy.autoattack._Task(model, x, y, 0.5, "L1", 3, 8, device, ATTACKS, report)
+    report, device, log = print, torch.device("cpu"), Warnings()
+    task = rb_noisy.autoattack._Task(model, x, y, 0.5, "L1", 3, 8, device, ATTACKS, True, Processes(), report)
     ours = build_attacks(task, log)
     for name in ("apgd", "apgd_targeted", "fab", "square"):
         wanted, got = vars(getattr(reference, name)).copy(), vars(getattr(ours, name)).copy()
@@ -306,6 +354,29 @@ def test_killed_process_is_resumed_to_the_same_result(tmp_path):
     assert same(resumed, run(model, x, y, batch_size=50))
 
 
+class Cut(Processes):
+    """One of several processes that are interrupted when they have done their share of the first attack."""
+
+    def largest(self, values):
+        if values.dtype == torch.bool and values.any():
+            raise KeyboardInterrupt
+        return values
+
+
+def test_what_several_processes_left_one_goes_on_from(tmp_path):
+    model = small_model()
+    x, y = small_data(model)
+    path = tmp_path / "state [1].npz"
+    for index in range(2):
+        with pytest.raises(KeyboardInterrupt):  # each in a folder of its own, as two that run at once know no more
+            run(model, x, y, state_path=tmp_path / f"{index}" / path.name, processes=Cut(index, 2))
+        (tmp_path / f"{index}" / f"state [1].{index}of2.npz").rename(tmp_path / f"state [1].{index}of2.npz")
+    stages = []
+    resumed = run(model, x, y, state_path=path, progress=lambda *stage: stages.append(stage))
+    assert same(resumed, run(model, x, y))
+    assert all(done == total for attack, done, total in stages if attack == "apgd-ce"), "together they had done it all"
+
+
 def test_finished_run_is_read_back_without_a_forward_pass(tmp_path):
     model = small_model()
     x, y = small_data(model)
@@ -397,7 +468,7 @@ def test_three_classes_need_another_choice_of_attacks():
 
 
 def test_fra31_logger_form_is_understood():
-    log = rb_noisy.autoattack._Warnings()
+    log = Warnings()
     log.log("Warning: there are 2 points with zero gradient!")
     log.warning("there are 30 points with zero gradient!")
     log.warning("there are 4 points with zero gradient!")

@@ -1,0 +1,175 @@
+"""AutoAttack's own attacks with fewer passes through the network, and the same verdicts.
+
+What is spared was counted on the reference code (Croce & Hein 2020), whose loops, parameters and random numbers stay:
+
+* APGD goes on for all its iterations with samples that it has broken. Here they leave the batch that goes through the
+  network; their place in the loop is kept.
+* FAB classifies every iterate, then passes it through the network again for the next step's gradient. Here both are
+  one pass.
+* Square (Linf) often proposes the image it has already: a square whose pixels lie at that corner of the ball. Such a
+  query cannot change anything, and is not made. For the others, most of the first feature maps are known
+  (`rb_noisy.local_forward`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from rb_noisy.fast import FastForm
+from rb_noisy.local_forward import LocalForward
+
+# Multiplications per image; below, a network is so small that cutting and pasting takes longer.
+_WORTH_CUTTING = 2_000_000
+
+
+def spare_passes(adversary: Any, model: FastForm) -> None:
+    """Make the attacks of a reference `AutoAttack` object use `model`, as seldom as they can."""
+    for apgd in (adversary.apgd, adversary.apgd_targeted):
+        # With `use_largereps` (L1) what is broken in a larger ball still has to move on in it.
+        apgd.model = model if apgd.use_largereps else _Undecided(apgd, model)
+    adversary.fab.predict = model
+    _OnePass(adversary.fab)
+    adversary.square.predict = model
+    if adversary.square.norm == "Linf":
+        _NewQueries(adversary.square, None if model.half else model.graph)
+
+
+class _Undecided:
+    """The network of one APGD attack: what is broken is passed through it no more until the next run begins."""
+
+    def __init__(self, apgd: Any, model: nn.Module):
+        self.model, self.run = model, apgd.attack_single_run
+        self.y: Tensor | None = None
+        apgd.attack_single_run = self.attack_single_run
+
+    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
+        self.y, self.active = y, torch.ones_like(y, dtype=torch.bool)
+        try:
+            return self.run(x, y, x_init)
+        finally:
+            self.y = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.y is None:
+            return self.model(x)
+        if self.active.all():
+            logits = self.model(x)
+            # To the attack, broken samples are right from now on: it keeps the iterate that broke them.
+            self.right = F.one_hot(self.y, logits.shape[1]).to(logits)
+        else:
+            # The sum keeps the logits a function of x; its gradient, zero, does not move what is broken.
+            logits = self.right + 0 * x.flatten(1).sum(1, keepdim=True)
+            if self.active.any():
+                logits = logits.index_put((self.active,), self.model(x[self.active]))
+        self.active = self.active & (logits.detach().argmax(1) == self.y)
+        return logits
+
+
+class _OnePass:
+    """Keeps the pass that classified FAB's last iterate, to take the next step's gradient from it."""
+
+    def __init__(self, fab: Any):
+        self.predict, self.run = fab.predict, fab.perturb
+        self._forget()
+        fab.perturb = self.perturb
+        fab._predict_fn = self.logits
+        fab._get_predicted_label = lambda x: self.logits(x).max(1)[1]
+        fab.get_diff_logits_grads_batch_targeted = self.differences
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        try:
+            return self.run(x, y)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.x: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self.x is None or self.x.shape != x.shape or not torch.equal(self.x, x):
+            self._forget()  # before there is a second graph in memory
+            with torch.enable_grad():
+                self.x = x.detach().clone().requires_grad_()
+                self.kept = self.predict(self.x)
+        return self.kept.detach()
+
+    def differences(self, x: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """z_target − z_label and its gradient, (B, 1) and (B, 1, C, H, W)."""
+        if self.x is None or self.x.shape != x.shape:
+            difference, gradient = self._differences(x, label, target)
+        else:
+            changed = (self.x != x).flatten(1).any(1)
+            difference, gradient = self._of(self.kept, self.x, label, target)
+            self._forget()
+            if changed.any():
+                difference[changed], gradient[changed] = self._differences(x[changed], label[changed], target[changed])
+        return difference.unsqueeze(1), gradient.unsqueeze(1)
+
+    def _differences(self, x: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            logits = self.predict(x)
+        return self._of(logits, x, label, target)
+
+    def _of(self, logits: Tensor, x: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            row = torch.arange(len(x), device=x.device)
+            difference = logits[row, target] - logits[row, label]
+            (gradient,) = torch.autograd.grad(difference.sum(), x)
+        return difference.detach(), gradient
+
+
+class _NewQueries:
+    """Follows Square's best images, by its own rule of what is better; asks the network only of what is new in them."""
+
+    def __init__(self, square: Any, graph: fx.GraphModule | None):
+        self.run, self.ask, self.network = square.attack_single_run, square.margin_and_loss, square.predict
+        self.local = None if graph is None else LocalForward(graph)
+        self.answer = self.network
+        square.attack_single_run, square.margin_and_loss = self.attack_single_run, self.margin_and_loss
+        square.predict = lambda x: self.answer(x)
+
+    def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
+        self.best: Tensor | None = None
+        self.pays = self.local is not None and self.local.saved(x) >= _WORTH_CUTTING
+        try:
+            return self.run(x, y)
+        finally:
+            self.answer, self.best = self.network, None
+            if self.local is not None:
+                self.local.forget()
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.best is None:
+            self.answer = self.local.remember if self.pays else self.network
+            self.margin, self.loss = (value.clone() for value in self.ask(x, y))
+            self.best = x.clone()
+            return self.margin.clone(), self.loss.clone()
+        place = (self.margin > 0).nonzero(as_tuple=True)[0]
+        margin, loss = self.margin[place], self.loss[place]
+        moved = x != self.best[place]
+        new = moved.flatten(1).any(1)
+        if new.any():
+            if self.pays:
+                rows, window = place[new], _bounds(moved.any(0).any(0))
+                self.answer = lambda x: self.local(x, rows, window)
+            margin[new], loss[new] = self.ask(x[new], y[new])
+        closer = loss < self.loss[place]
+        better = closer | (margin <= 0)
+        self.loss[place[closer]] = loss[closer]
+        self.margin[place[better]] = margin[better]
+        self.best[place[better]] = x[better]
+        if self.pays and new.any():
+            self.local.accept(better[new])
+        return margin, loss
+
+
+def _bounds(moved: Tensor) -> tuple[int, int, int, int]:
+    """First and past-the-last row and column of what is true in (H, W)."""
+    rows, columns = (moved.any(axis).nonzero() for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1

@@ -1,0 +1,258 @@
+"""Logits of images that differ from known ones only inside a rectangle, from that part of the feature maps.
+
+A change of a few pixels moves only a few values of the first convolutions' maps. Here these alone are computed, on
+top of the maps of the known image, until the part that has moved is most of a map; from there on, all of it is.
+Square (Andriushchenko et al. 2020) asks 5,000 such questions about an image.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+Window = tuple[int, int, int, int]
+"""First and past-the-last row, first and past-the-last column."""
+
+# Above this share of a map, cutting and pasting costs more than it saves.
+_MOST = 0.6
+_SAME_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
+_SAME_PLACE_FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.dropout}
+_SUMS = {operator.add, torch.add}
+_SCALINGS = {operator.sub, operator.mul, operator.truediv, *_SUMS}
+
+
+@dataclass
+class _Patch:
+    """What has moved of a node's map: `values` (B, C, h, w) at `window`."""
+
+    node: fx.Node | None
+    values: Tensor
+    window: Window
+    size: tuple[int, int]
+
+
+class LocalForward(fx.Interpreter):
+    """The network, with a memory of N images and their feature maps.
+
+    Args:
+        graph: takes images (N, C, H, W), returns logits (N, K); in eval mode.
+    """
+
+    def __init__(self, graph: fx.GraphModule):
+        super().__init__(graph)
+        for module in graph.modules():
+            if hasattr(module, "inplace"):  # would overwrite a map that is remembered
+                module.inplace = False
+        self.maps: dict[fx.Node, Tensor] = {}
+        self.needed: set[fx.Node] | None = None
+        self.looked_up: set[fx.Node] = set()
+        self.multiplications = 0
+
+    @torch.no_grad()
+    def remember(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of x (N, C, H, W), whose maps are the memory from now on."""
+        if self.needed is None:
+            self._find_needed(x[:1])
+        return self._run_whole(x)
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self.maps, self.fresh = {}, {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, rows: Tensor, window: Window) -> Tensor:
+        """Logits (B, K) of x (B, C, H, W), which differ from the images `rows` (B,) at most inside `window`."""
+        self.x, self.rows, self.fresh = x, rows, {}
+        cut = x[_at(window)].clone(memory_format=torch.channels_last)
+        return self.run(_Patch(None, cut, window, tuple(x.shape[2:])))
+
+    @torch.no_grad()
+    def saved(self, x: Tensor) -> int:
+        """Multiplications of the convolutions that a call spares for an image of x, of which 3x3 pixels change."""
+        self._find_needed(x[:1])
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        row = torch.zeros(1, dtype=torch.int64, device=x.device)
+        whole = self._work(lambda: self._run_whole(x[:1]))
+        return whole - self._work(lambda: self(x[:1], row, (h - 1, h + 2, w - 1, w + 2)))
+
+    def accept(self, chosen: Tensor) -> None:
+        """Remember the `chosen` (B,) bool of the last call's images instead."""
+        rows = self.rows[chosen]
+        for node, value in self.fresh.items():
+            if isinstance(value, _Patch):
+                self.maps[node][_at(value.window)][rows] = value.values[chosen]
+            else:
+                self.maps[node][rows] = value[chosen]
+
+    def _run_whole(self, x: Tensor) -> Tensor:
+        self.fresh = {}
+        logits = self.run(x.clone(memory_format=torch.channels_last))  # a map may be the argument itself
+        self.maps, self.fresh = self.fresh, {}
+        return logits
+
+    def _work(self, call: Callable[[], Any]) -> int:
+        self.multiplications = 0
+        call()
+        return self.multiplications
+
+    def _find_needed(self, x: Tensor) -> None:
+        """The nodes whose maps are ever looked up: those where the change of one pixel in a corner is still local.
+
+        No other change moves less; which corner's moves least depends on where the strides begin.
+        """
+        self.needed = set(self.module.graph.nodes)
+        self._run_whole(x)
+        self.looked_up, row = set(), torch.zeros(1, dtype=torch.int64, device=x.device)
+        h, w = x.shape[2:]
+        for r, c in product((0, h - 1), (0, w - 1)):
+            self(x, row, (r, r + 1, c, c + 1))
+        self.needed = self.looked_up
+
+    # --- the interpreter
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, _Patch):
+            value.node = n
+        if n in self.needed and n.op != "placeholder" and (isinstance(value, _Patch) or _is_map(value)):
+            self.fresh[n] = value
+        return value
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        module = self.fetch_attr(target)
+        if not any(isinstance(arg, _Patch) for arg in args):
+            value = super().call_module(target, args, kwargs)
+            return self._counted(module, value) if isinstance(module, nn.Conv2d) else value
+        if len(args) == 1 and not kwargs:
+            (patch,) = args
+            if isinstance(module, _SAME_PLACE):
+                return _Patch(None, module(patch.values), patch.window, patch.size)
+            if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+                window = _reached(patch, module)
+                size = _output_size(patch.size, module)
+                if _area(window) <= _MOST * size[0] * size[1]:
+                    return _Patch(None, self._convolve(module, patch, window), window, size)
+        return self.call_module(target, self._whole_arguments(args), kwargs)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        target = operator.add if target is operator.iadd else target
+        kwargs = kwargs | {"inplace": False} if "inplace" in kwargs else kwargs
+        patches = [arg for arg in args if isinstance(arg, _Patch)]
+        if not patches:
+            return super().call_function(target, args, kwargs)
+        others = [arg for arg in args if not isinstance(arg, _Patch)]
+        if target in _SAME_PLACE_FUNCTIONS and not any(isinstance(arg, Tensor) for arg in others):
+            (patch,) = patches
+            values = target(patch.values, *args[1:], **kwargs)
+            return _Patch(None, values, patch.window, patch.size)
+        if target in _SCALINGS and not kwargs and len(args) == 2 and all(map(_same_everywhere, others)):
+            if len(patches) == 1:
+                values = [arg.values if isinstance(arg, _Patch) else arg for arg in args]
+                return _Patch(None, target(*values), patches[0].window, patches[0].size)
+            if target in _SUMS:
+                window = _union(patches[0].window, patches[1].window)
+                first, second = (self._extended(patch, window) for patch in patches)
+                return _Patch(None, first + second, window, patches[0].size)
+        return super().call_function(target, self._whole_arguments(args), kwargs)
+
+    def call_method(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return super().call_method(target, self._whole_arguments(args), kwargs)
+
+    def output(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return super().output(target, self._whole_arguments(args), kwargs)
+
+    # --- between patches and maps
+
+    def _whole_arguments(self, args: tuple) -> tuple:
+        return tuple(self._whole(arg) if isinstance(arg, _Patch) else arg for arg in args)
+
+    def _whole(self, patch: _Patch) -> Tensor:
+        return self._extended(patch, (0, patch.size[0], 0, patch.size[1]))
+
+    def _extended(self, patch: _Patch, window: Window) -> Tensor:
+        """The map at a larger window: what has moved, pasted into what is remembered."""
+        if patch.node is not None and patch.node.op != "placeholder":
+            self.looked_up.add(patch.node)
+            if window == patch.window:
+                return patch.values
+            values = self.maps[patch.node][_at(window)][self.rows]
+        else:
+            return self.x[_at(window)].clone(memory_format=torch.channels_last)
+        r0, r1, c0, c1 = patch.window
+        values[_at((r0 - window[0], r1 - window[0], c0 - window[2], c1 - window[2]))] = patch.values
+        return values.contiguous(memory_format=torch.channels_last)
+
+    def _convolve(self, conv: nn.Conv2d, patch: _Patch, window: Window) -> Tensor:
+        """The convolution's output at `window`, unpadded from as much of its input as that looks at."""
+        (h, w), needs, pads = patch.size, [], []
+        for axis, size in ((0, h), (1, w)):
+            stride, padding = conv.stride[axis], conv.padding[axis]
+            first = window[2 * axis] * stride - padding
+            past = (window[2 * axis + 1] - 1) * stride - padding + _span(conv, axis)
+            needs += [max(first, 0), min(past, size)]
+            pads = [max(-first, 0), max(past - size, 0), *pads]  # F.pad begins with the last axis
+        values = self._extended(patch, _union(tuple(needs), patch.window))
+        r0, _, c0, _ = _union(tuple(needs), patch.window)
+        values = values[_at((needs[0] - r0, needs[1] - r0, needs[2] - c0, needs[3] - c0))]
+        if any(pads):
+            values = F.pad(values, pads)
+        values = values.contiguous(memory_format=torch.channels_last)
+        return self._counted(conv, F.conv2d(values, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups))
+
+    def _counted(self, conv: nn.Conv2d, value: Tensor) -> Tensor:
+        self.multiplications += value.numel() * conv.weight[0].numel()
+        return value
+
+
+def _at(window: Window) -> tuple[slice, ...]:
+    r0, r1, c0, c1 = window
+    return slice(None), slice(None), slice(r0, r1), slice(c0, c1)
+
+
+def _area(window: Window) -> int:
+    return (window[1] - window[0]) * (window[3] - window[2])
+
+
+def _union(a: Window, b: Window) -> Window:
+    return min(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3])
+
+
+def _span(conv: nn.Conv2d, axis: int) -> int:
+    return conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+
+
+def _output_size(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:
+    h, w = ((size[i] + 2 * conv.padding[i] - _span(conv, i)) // conv.stride[i] + 1 for i in (0, 1))
+    return h, w
+
+
+def _reached(patch: _Patch, conv: nn.Conv2d) -> Window:
+    """Where the convolution's output can have moved."""
+    found: list[int] = []
+    for axis, size in enumerate(_output_size(patch.size, conv)):
+        first, past = patch.window[2 * axis], patch.window[2 * axis + 1]
+        stride, padding = conv.stride[axis], conv.padding[axis]
+        low = max(math.ceil((first + padding - _span(conv, axis) + 1) / stride), 0)
+        high = min((past - 1 + padding) // stride + 1, size)
+        found += [min(low, size - 1), max(high, min(low, size - 1) + 1)]  # never empty
+    r0, r1, c0, c1 = found
+    return r0, r1, c0, c1
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def _same_everywhere(value: Any) -> bool:
+    """Whether an operand is the same at every place of a map: a number, or one value for each channel."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or (value.dim() == 4 and tuple(value.shape[2:]) == (1, 1))
+    return isinstance(value, (int, float))

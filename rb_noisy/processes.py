@@ -1,0 +1,82 @@
+"""Several processes that share one piece of work, as `accelerate launch` or `torchrun` start them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process' place among `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def launched() -> Processes:
+        """Those this process was launched with; itself alone without a launcher."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return Processes()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        leave_group_at_exit()
+        return Processes(state.process_index, state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of all processes' values, elementwise, on every process; `values` is left as it is."""
+        if self.count == 1:
+            return values
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        found = values.to(device, torch.uint8 if values.dtype == torch.bool else values.dtype, copy=True)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return found.to(values)
+
+
+def own_file(path: str | os.PathLike, processes: Processes) -> Path:
+    """Where this process keeps its part of what would be kept in `path`: `path` itself, if it is alone."""
+    path = Path(path)
+    mark = f".{processes.index}of{processes.count}" if processes.count > 1 else ""
+    return path.with_name(f"{path.stem}{mark}{path.suffix}")
+
+
+def state_files(path: str | os.PathLike) -> list[Path]:
+    """All that there are of `path` and its parts, left by any number of processes."""
+    path = Path(path)
+    shared = path.parent.glob(f"{glob.escape(path.stem)}.*of*{path.suffix}")
+    return [file for file in (path, *sorted(shared)) if file.exists()]
+
+
+@functools.cache
+def leave_group_at_exit() -> None:
+    """A process that ends with threads of its process group still running is aborted now and then (SIGABRT).
+
+    They end with the last reference to the group. A network that averages its gradients over processes has one.
+    """
+
+    def leave() -> None:
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    # Not at once: what comes after may train again, or gather something.
+    atexit.register(leave)

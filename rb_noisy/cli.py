@@ -58,6 +58,7 @@ def train(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Within an epoch, save what --resume continues from after so many minutes.")
     ] = 10.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Attack through torch.compile.")] = False,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
@@ -105,6 +106,7 @@ def train(
                 resume,
                 checkpoint_minutes=checkpoint_minutes,
                 max_minutes=max_minutes,
+                compiled=compiled,
                 data_root=data_root,
                 on_batch=on_batch,
                 on_epoch=on_epoch,

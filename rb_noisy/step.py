@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, pgd
 from rb_noisy.data import augment, from_bytes
 from rb_noisy.device import gather
+from rb_noisy.fast import FastForm
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets import Assignment, Batch
@@ -26,6 +27,7 @@ class Step:
     Attributes:
         x, y: all training images (N, C, H, W) as `to_bytes` gives them, and their given labels (N,), on the device.
         model, wrapped: the network, and what Accelerate made of it for several processes.
+        attacked: its fast form, for attacks in eval mode; None for others.
         averager: of the averaged weights, which may be a teacher; None without.
         teachers: networks by their names in the recipe.
     """
@@ -36,6 +38,7 @@ class Step:
         accelerator: Accelerator,
         model: nn.Module,
         wrapped: nn.Module,
+        attacked: FastForm | None,
         optimizer: torch.optim.Optimizer,
         averager: Averager | None,
         teachers: dict[str, nn.Module],
@@ -44,7 +47,7 @@ class Step:
         y: Tensor,
     ):
         self.recipe, self.accelerator = recipe, accelerator
-        self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
+        self.model, self.wrapped, self.attacked, self.optimizer = model, wrapped, attacked, optimizer
         self.averager, self.teachers, self.record, self.x, self.y = averager, teachers, record, x, y
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
         self.criterion, self.awp = recipe.make_criterion(), recipe.make_awp()
@@ -114,8 +117,10 @@ class Step:
             def loss(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
                 return objective.attack_weight * raised(logits, natural, y) + len(y) * penalty(logits)
 
+        if self.attacked is not None:
+            self.attacked.update(self.model)
         attack = pgd(
-            self.model,
+            self.model if self.attacked is None else self.attacked,
             batch.x,
             batch.labels,
             eps=batch.eps,

@@ -17,9 +17,6 @@ processes each keep their own statistics within an epoch; at its end they are av
 
 from __future__ import annotations
 
-import atexit
-import functools
-import gc
 import json
 import math
 import time
@@ -29,13 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from rb_noisy.checkpoint import Checkpoint, Progress
 from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
+from rb_noisy.fast import fast_form
 from rb_noisy.files import atomic_path, write_json
+from rb_noisy.processes import leave_group_at_exit
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import (
@@ -67,6 +66,7 @@ def train(
     *,
     checkpoint_minutes: float = 10.0,
     max_minutes: float | None = None,
+    compiled: bool = False,
     data_root: str | Path | None = None,
     on_batch: Callable[[int, int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -84,6 +84,7 @@ def train(
         checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
         max_minutes: after so many minutes, finish the step under way (the epoch, if it is its last), write a checkpoint
             and return; None for no limit. Several processes look at the clock every `CLOCK_STEPS` steps only.
+        compiled: attack through `torch.compile`, see `rb_noisy.fast.fast_form`; for `attack_mode="eval"`.
         data_root: where data sets are kept, see `rb_noisy.data.load_data`.
         on_batch: called with (epoch, batches done, batches in the epoch).
         on_epoch: called with the metrics of each finished epoch.
@@ -96,7 +97,7 @@ def train(
     for name, minutes in (("checkpoint_minutes", checkpoint_minutes), ("max_minutes", limit)):
         if minutes is None or not minutes > 0:
             raise InputError(f"{name} is {minutes}; give a number above 0")
-    trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit)
+    trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit, compiled)
     return trainer.run(on_batch, on_epoch)
 
 
@@ -109,6 +110,7 @@ class _Trainer:
         data_root: str | Path | None,
         checkpoint_minutes: float = 10.0,
         max_minutes: float = math.inf,
+        compiled: bool = False,
     ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -146,6 +148,10 @@ class _Trainer:
         }
         self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
         self._try_forward(data)
+        # What Accelerate makes of the network cannot be copied.
+        in_eval_mode = recipe.attack_mode == "eval" and recipe.make_objective().attack_loss is not None
+        half = recipe.precision == "bf16"
+        attacked = fast_form(self.model, compiled=compiled, half=half).to(self.device) if in_eval_mode else None
         self.class_names = data.class_names
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -164,7 +170,7 @@ class _Trainer:
         }
         self.record = SampleRecord(y, data.num_classes, targets.start_average)
         self.step = Step(
-            *(recipe, self.accelerator, self.model, self.wrapped, self.optimizer),
+            *(recipe, self.accelerator, self.model, self.wrapped, attacked, self.optimizer),
             *(self.averager, teachers, self.record, x, y),
         )
         state = path / "state.safetensors"
@@ -206,7 +212,7 @@ class _Trainer:
             save_weights(self.evaluated, final)
         self.accelerator.wait_for_everyone()
         if self.accelerator.num_processes > 1:
-            _leave_group_at_exit()
+            leave_group_at_exit()
         return Run.open(self.path)
 
     def _train_epoch(self, on_batch: Callable[[int, int, int], None] | None) -> dict[str, float] | None:
@@ -362,22 +368,6 @@ class _Trainer:
         self.progress = progress
         self.checkpoint.save(progress)
         self.saved = f"{self.checkpoint.file} ({progress})"
-
-
-@functools.cache
-def _leave_group_at_exit() -> None:
-    """A process that ends with threads of its process group still running is aborted now and then (SIGABRT).
-
-    They end with the last reference to the group. The network that averages gradients has one.
-    """
-
-    def leave() -> None:
-        gc.collect()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-    # Not at once: what called `train` may train again, or gather something.
-    atexit.register(leave)
 
 
 def _statistics(x: Tensor) -> dict[str, list[float]]:

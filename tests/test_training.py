@@ -288,7 +288,8 @@ def test_which_passes_move_the_batchnorm_statistics(tiny_recipe, tmp_path):
 def test_the_record_takes_kappa_and_loss_from_training_for_nothing(tiny_recipe, tmp_path):
     trainer = _Trainer(tiny_recipe(epochs=1), tmp_path / "run", False, None)
     forwards = []
-    trainer.model.register_forward_hook(lambda *_: forwards.append(1))
+    for network in (trainer.model, trainer.step.attacked):
+        network.register_forward_hook(lambda *_: forwards.append(1))
     index = torch.arange(16)
     trainer.step(index, 0, 0.0, torch.Generator().manual_seed(0))
     assert len(forwards) == 3 + 1, "three attack steps and one training pass"

@@ -26,6 +26,7 @@ def main(
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
+    compiled: common.CompileOption = False,
 ) -> None:
     """Everything that a card needs, in one go; run it again to go on after an interruption."""
     with common.user_errors():
@@ -40,6 +41,7 @@ def main(
             checkpoint=checkpoint,
             seed=seed,
             batch_size=batch_size,
+            compiled=compiled,
         )
         results: dict[str, Any] = {}
         # AutoAttack before calibration, which reads its verdicts.

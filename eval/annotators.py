@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eval import common
+from eval.batches import in_batches
 from eval.leaderboard import FORMATS, MISSING, latex, latex_line, markdown_line
 from model_zoo.registry import eps_label
 from rb_noisy.annotation import Answers, accuracy_by_share, annotate, kept_accuracy
@@ -70,7 +71,7 @@ def measure(
         return found
 
     settings = {"seed": seed, "steps": STEPS, "kappa_steps": KAPPA_STEPS}
-    arrays = common.in_batches(together, "annotators", settings, batch_size, out, compute)
+    arrays = in_batches(together, "annotators", settings, batch_size, out, compute)
     with contextlib.suppress(OSError):
         together.folder(out).rmdir()  # only the state of an interrupted evaluation was in it
     with atomic_path(out / "annotators.npz") as temporary:

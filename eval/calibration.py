@@ -12,9 +12,11 @@ from rich.table import Table
 from torch import Tensor
 
 from eval import common
-from rb_noisy.attacks import kappa, pgd
+from eval.batches import in_batches
+from rb_noisy.attacks import pgd
 from rb_noisy.calibration import calibration_report, plot_calibration
 from rb_noisy.errors import InputError
+from rb_noisy.geometry import kappa
 
 MNIST_STEPS, MNIST_ALPHA = 40, 0.01  # [NL App. D.2]
 KINDS = (("natural", "natural"), ("pgd-20", "PGD-20"))
@@ -50,18 +52,18 @@ def evaluate(
 
     def compute(x: Tensor, y: Tensor, batch_seed: int) -> dict[str, Tensor]:
         attack = pgd(
-            subject.model, x, y, eps=subject.eps, alpha=subject.eps / 4, steps=20, norm=subject.norm, seed=batch_seed
+            subject.fast, x, y, eps=subject.eps, alpha=subject.eps / 4, steps=20, norm=subject.norm, seed=batch_seed
         )
         with torch.no_grad():
-            natural, adversarial = subject.model(x), subject.model(attack.x_adv)
+            natural, adversarial = subject.fast(x), subject.fast(attack.x_adv)
         return {
             "natural_logits": natural,
             "adversarial_logits": adversarial,
-            "natural_kappa": kappa(subject.model, x, batch_size=batch_size, **measure),
-            "adversarial_kappa": kappa(subject.model, attack.x_adv, batch_size=batch_size, **measure),
+            "natural_kappa": kappa(subject.fast, x, batch_size=batch_size, **measure),
+            "adversarial_kappa": kappa(subject.fast, attack.x_adv, batch_size=batch_size, **measure),
         }
 
-    arrays = common.in_batches(subject, "calibration", settings, batch_size, out, compute)
+    arrays = in_batches(subject, "calibration", settings, batch_size, out, compute)
     report = calibration_report(y=subject.y, steps=kappa_steps, seed=seed, robust=robust, **arrays)
     figures = subject.describe(seed=seed, batch_size=batch_size) | {
         "attack": f"κ from PGD-{kappa_steps}, predicted label, no random start; PGD-20 inputs with α = ε/4",
@@ -88,7 +90,8 @@ def run(
     )
     show(subject, figures)
     plot = subject.folder(out) / "calibration.png"
-    plot_calibration(figures["report"], plot, f"{subject.label}\n{common.setting(subject, figures)}")
+    if subject.processes.main:
+        plot_calibration(figures["report"], plot, f"{subject.label}\n{common.setting(subject, figures)}")
     common.console.print(f"plot: {plot}", soft_wrap=True)
     common.save_verdicts(out, "calibration", subject, **arrays)
     return {"calibration": figures}
@@ -109,6 +112,7 @@ def main(
     out: common.OutOption = Path("eval-results"),
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
+    compiled: common.CompileOption = False,
 ) -> None:
     """κ-calibration report: how far κ, softmax and margin can be trusted, on natural and attacked inputs."""
     with common.user_errors():
@@ -123,6 +127,7 @@ def main(
             checkpoint=checkpoint,
             seed=seed,
             batch_size=batch_size,
+            compiled=compiled,
         )
         results = run(subject, seed=seed, batch_size=batch_size, out=out, kappa_steps=kappa_steps)
         common.enter(subject, results, json_file, out, replace)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,8 +29,10 @@ from model_zoo.registry import (
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.measures import wilson_interval
+from rb_noisy.processes import Processes
 from rb_noisy.recipes import parse_radius
 from rb_noisy.runs import Run
 
@@ -64,6 +63,9 @@ OutOption = Annotated[
     Path, typer.Option("--out", help="Where verdicts, plots and what resumes an interrupted evaluation are kept.")
 ]
 RootOption = Annotated[Path | None, typer.Option("--data-root", help="Where data sets are kept.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the network first (torch.compile): pays off in long evaluations.")
+]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="Of a run folder: final or best.")]
 
 
@@ -74,6 +76,8 @@ class Subject:
     Attributes:
         label: what it is called in tables.
         model: in eval mode, on `device`.
+        fast: its fast form, which the attacks use.
+        processes: those that share the evaluation.
         x, y: the test images (n, C, H, W) and labels (n,), on the CPU.
         dataset: the name of the data set.
         eps, norm: the threat model.
@@ -99,6 +103,8 @@ class Subject:
     zoo: str | None
     weights_sha256: str
     total: int
+    fast: FastForm
+    processes: Processes
 
     def folder(self, out: Path) -> Path:
         """Where this model's verdicts are kept: one folder for each set of weights."""
@@ -145,6 +151,7 @@ def load_subject(
     checkpoint: str,
     seed: int,
     batch_size: int,
+    compiled: bool = False,
 ) -> Subject:
     """Find and load the model, its data and its threat model, and check the options that all evaluations share.
 
@@ -155,6 +162,8 @@ def load_subject(
         raise InputError(f"--batch-size is {batch_size}; give at least 1")
     if seed < 0:
         raise InputError(f"--seed is {seed}; give 0 or more")
+    processes = Processes.launched()
+    console.quiet = not processes.main
     chosen = _device(device)
     found = _find(model, zoo, checkpoint, dataset, data_root)
     name = dataset or found.data
@@ -193,6 +202,8 @@ def load_subject(
         zoo=zoo,
         weights_sha256=found.sha256,
         total=len(x),
+        fast=fast_form(network, compiled=compiled),
+        processes=processes,
     )
 
 
@@ -309,6 +320,8 @@ def enter(
     subject: Subject, results: dict[str, dict[str, Any]], json_file: Path | None, out: Path, replace: bool
 ) -> None:
     """Put the figures, by evaluation, where they belong, and say where that is."""
+    if not subject.processes.main:
+        return
     for evaluation, figures in results.items():
         write_json(subject.folder(out) / f"{evaluation}.json", {"model": subject.label, evaluation: figures})
     if json_file is not None:
@@ -317,7 +330,7 @@ def enter(
         return
     if subject.target is None:
         console.print(
-            f"figures: {subject.folder(out)}, not the card (not the model's own data set and threat model)",
+            f"figures: {subject.folder(out)}, not the card (which holds standard attacks on its own data and ε)",
             soft_wrap=True,
         )
         return
@@ -337,63 +350,14 @@ def enter(
 def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor) -> Path:
     """Per-sample verdicts as an .npz, row i for test image i."""
     file = subject.folder(folder) / f"{evaluation}.npz"
-    with atomic_path(file) as temporary:
-        np.savez_compressed(
-            temporary,
-            y=subject.y.numpy(),
-            weights_sha256=subject.weights_sha256,
-            **{name: values.cpu().numpy() for name, values in arrays.items()},
-        )
+    if subject.processes.main:
+        with atomic_path(file) as temporary:
+            np.savez_compressed(
+                temporary,
+                y=subject.y.numpy(),
+                weights_sha256=subject.weights_sha256,
+                **{name: values.cpu().numpy() for name, values in arrays.items()},
+            )
+    subject.processes.wait()  # another evaluation may read it
     console.print(f"verdicts: {file}", soft_wrap=True)
     return file
-
-
-def in_batches(
-    subject: Subject,
-    stage: str,
-    settings: dict[str, Any],
-    batch_size: int,
-    folder: Path,
-    compute: Callable[[Tensor, Tensor, int], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Run `compute` over the test images batch by batch, with a progress bar, so that a kill loses one batch at most.
-
-    Args:
-        stage: names the progress bar and the state file, which goes once all is done.
-        settings: what decides the outcome; a state file of other settings is started over.
-        compute: (x on the device, y on the device, seed of this batch) → per-sample tensors.
-    """
-    file = subject.folder(folder) / f".{stage}.state.npz"
-    key = json.dumps({**subject.describe(seed=settings["seed"], batch_size=batch_size), **settings, "date": None})
-    parts = _read_state(file, key)
-    starts = range(0, len(subject.x), batch_size)
-    with progress_bar() as bar:
-        task = bar.add_task(stage, total=len(subject.x), completed=min(len(parts) * batch_size, len(subject.x)))
-        for number in range(len(parts), len(starts)):
-            at = slice(starts[number], starts[number] + batch_size)
-            x, y = subject.x[at].to(subject.device), subject.y[at].to(subject.device)
-            seed = int(np.random.SeedSequence((settings["seed"], number)).generate_state(1)[0])
-            parts.append({name: values.cpu() for name, values in compute(x, y, seed).items()})
-            arrays = {f"{i}.{name}": v.numpy() for i, part in enumerate(parts) for name, v in part.items()}
-            with atomic_path(file) as temporary:
-                np.savez(temporary, key=key, **arrays)
-            bar.update(task, advance=len(x))
-    file.unlink(missing_ok=True)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _read_state(file: Path, key: str) -> list[dict[str, Tensor]]:
-    if not file.is_file():
-        return []
-    try:
-        with np.load(file, allow_pickle=False) as state:
-            if str(state["key"]) != key:
-                return []
-            parts: dict[int, dict[str, Tensor]] = {}
-            for name in state.files:
-                number, dot, array = name.partition(".")
-                if dot:
-                    parts.setdefault(int(number), {})[array] = torch.from_numpy(state[name])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} is damaged ({error}); delete it to start this evaluation over") from error
-    return [parts[number] for number in sorted(parts)]

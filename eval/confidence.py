@@ -14,13 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from eval import common
+from eval.batches import in_batches
 from eval.calibration import autoattack_verdicts
 from rb_noisy import measures
-from rb_noisy.attacks import kappa, pgd
+from rb_noisy.attacks import pgd
 from rb_noisy.calibration import BLUE, GREEN, GREY, ORANGE, VERMILLION, fit_temperature
 from rb_noisy.confidence import fit_calibrator
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path, write_json
+from rb_noisy.geometry import kappa
 
 INPUTS = {
     "natural": "natural",
@@ -85,7 +87,7 @@ def measure(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -
     def attack(x: Tensor, y: Tensor, factor: float, **options: Any) -> Any:
         eps = factor * subject.eps
         return pgd(
-            subject.model, x, y, eps=eps, alpha=eps / 4, steps=20, norm=subject.norm, evaluate_final=True, **options
+            subject.fast, x, y, eps=eps, alpha=eps / 4, steps=20, norm=subject.norm, evaluate_final=True, **options
         )
 
     def compute(x: Tensor, y: Tensor, batch_seed: int) -> Tensors:
@@ -101,17 +103,17 @@ def measure(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -
         found = {}
         for kind, images in given.items():
             with torch.no_grad():
-                found[f"{kind}.logits"] = subject.model(images)
+                found[f"{kind}.logits"] = subject.fast(images)
             for name in KAPPAS if kind in ("natural", "pgd-20") else [MAIN]:
                 steps, factor = KAPPAS[name]
                 eps = factor * subject.eps
                 ball = {"eps": eps, "alpha": 2.5 * eps / steps, "steps": steps, "norm": subject.norm}
-                values = kappa(subject.model, images, random_start=False, batch_size=batch_size, **ball)
+                values = kappa(subject.fast, images, random_start=False, batch_size=batch_size, **ball)
                 found[f"{kind}.kappa@{name}"] = values
         right = found["natural.logits"].argmax(1) == y
         return found | {"stands": right & ~full.broken & ~margin.broken}
 
-    arrays = common.in_batches(subject, "confidence", {"seed": seed, "kappas": KAPPAS}, batch_size, out, compute)
+    arrays = in_batches(subject, "confidence", {"seed": seed, "kappas": KAPPAS}, batch_size, out, compute)
     common.save_verdicts(out, "confidence", subject, key=key, **arrays)
     return arrays
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import eval.common
 import eval.pgd
 from eval import autoattack, calibration, pgd
+from eval.__main__ import main as evaluate_all
 from model_zoo import registry
 from rb_noisy.attacks import pgd as attack
 from rb_noisy.data import load_data
@@ -63,6 +65,11 @@ def call(main, *arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
 
 
+def children(pid):
+    """Process numbers of the processes that `pid` has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def folder(out, run, label="tiny"):
     return out / f"{label}-{sha256(run.path / 'final.safetensors')[:8]}"
 
@@ -110,28 +117,44 @@ def test_verdicts_are_kept_per_sample_and_agree_with_the_figures(run, everything
     assert results["calibration"]["report"]["natural"]["robust"]["share"] == results["autoattack"]["accuracy"]
 
 
-def test_autoattack_goes_on_after_a_real_sigkill_to_the_same_verdicts(run, everything, tmp_path):
-    _, _, finished = everything
-    arguments = ["--model", run.path, "--n", COUNT, "--out", tmp_path, "--json", tmp_path / "figures.json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eval.autoattack", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    state = folder(tmp_path, run) / ".autoattack.state.npz"
+def test_two_processes_killed_and_launched_again_reach_the_verdicts_of_one(run, tmp_path):
+    arguments = ["--model", run.path, "--n", 4, "--batch-size", 1, "--out"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert call(evaluate_all, *arguments, alone, "--json", alone / "figures.json").exit_code == 0
+
+    def launch(module, *more):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher += ["--main_process_port", "0", "-m", module]
+        return subprocess.Popen(
+            [*launcher, *map(str, (*arguments, shared, "--json", shared / "figures.json", *more))],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    killed = launch("eval.autoattack")
+    state = folder(shared, run) / ".autoattack.state.1of2.npz"
     deadline = time.monotonic() + 100
     while not state.exists():
-        assert process.poll() is None
+        assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "figures.json").exists()
-    command("eval.autoattack", *arguments, cwd=tmp_path)
-    assert not state.exists(), "a finished evaluation leaves nothing to resume"
-    with np.load(finished / "autoattack.npz") as whole, np.load(folder(tmp_path, run) / "autoattack.npz") as resumed:
-        assert whole["broken_by"].tolist() == resumed["broken_by"].tolist()
+    os.kill(children(killed.pid)[0], signal.SIGKILL)
+    assert killed.wait(60) != 0
+    assert not (shared / "figures.json").exists()
+    resumed = launch("eval")
+    printed = resumed.communicate(timeout=200)[0]
+    assert resumed.returncode == 0
+    assert printed.count("AutoAttack, standard version") == 1, "one process prints"
+    left = [file.name for file in folder(shared, run).iterdir() if file.name.startswith(".")]
+    assert not left, "a finished evaluation leaves nothing to resume"
+    for file in ("pgd-20.npz", "autoattack.npz", "calibration.npz"):
+        with np.load(folder(alone, run) / file) as one, np.load(folder(shared, run) / file) as two:
+            assert one.files == two.files
+            assert all(np.array_equal(one[name], two[name]) for name in one.files)
+    one, two = (json.loads((out / "figures.json").read_text()) for out in (alone, shared))
+    assert one == two
 
 
 def test_pgd_figures_are_those_of_the_library(run, tmp_path):
@@ -284,3 +307,28 @@ def test_a_damaged_state_is_named_and_a_state_of_other_settings_started_over(run
     file = tmp_path / "f.json"
     assert call(pgd.main, "--model", run.path, "--out", tmp_path, "--json", file).exit_code == 0
     assert json.loads(file.read_text())["pgd-20"]["natural"]["accuracy"] > 0
+
+
+def test_any_iterate_alone_is_the_same_figure_and_stays_out_of_the_card(run, tmp_path):
+    common = ["--model", run.path, "--batch-size", 25]
+    figures = {}
+    for name, more in (("pgd-20", []), ("pgd-20-any", ["--any-iterate"])):
+        done = call(pgd.main, *common, "--out", tmp_path, "--json", tmp_path / "f.json", *more)
+        assert done.exit_code == 0, done.output
+        figures[name] = json.loads((tmp_path / "f.json").read_text())[name]
+    assert figures["pgd-20-any"]["any_iterate"] == figures["pgd-20"]["any_iterate"]
+    assert 0 < figures["pgd-20"]["any_iterate"]["accuracy"] < 1
+    assert "final_iterate" not in figures["pgd-20-any"]
+    before = registry.read_results(registry.results_file(run.path, "final"))
+    assert "not the card" in call(pgd.main, *common, "--out", tmp_path, "--any-iterate").output
+    assert registry.read_results(registry.results_file(run.path, "final")) == before
+
+
+def test_an_estimate_says_that_it_is_one(run, tmp_path):
+    done = call(autoattack.main, "--model", run.path, "--n", 1, "--estimate", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "AutoAttack in bf16: an estimate" in done.output
+    assert "not the card" in done.output
+    refused = call(autoattack.main, "--model", run.path, "--estimate", "--reference", "--out", tmp_path)
+    assert refused.exit_code == 2
+    assert "leave out --estimate" in refused.output

@@ -1,0 +1,103 @@
+"""AutoAttack for so many minutes: on a random subset, stratified by class, as large as the time allows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval import common
+from rb_noisy.autoattack import AutoAttackResult
+from rb_noisy.errors import InputError
+from rb_noisy.files import atomic_path
+from rb_noisy.processes import state_files
+
+FIRST = 16  # images of the first part, from which the time that one takes is known
+
+
+def stratified_order(y: Tensor, seed: int) -> Tensor:
+    """(N,) the samples in random order, every class as often in any beginning of it as its share of y allows."""
+    generator = np.random.default_rng(seed)
+    place = np.empty(len(y))
+    for label in np.unique(y):
+        rows = np.flatnonzero(y == label)
+        # Random places in equal strides: one sample of a class in every 1/n of the way.
+        place[generator.permutation(rows)] = (np.arange(len(rows)) + generator.random(len(rows))) / len(rows)
+    return torch.from_numpy(np.argsort(place, kind="stable"))
+
+
+def attack_for(
+    minutes: float,
+    subject: common.Subject,
+    attack: Callable[[Tensor, Tensor, int, Path], AutoAttackResult],
+    *,
+    seed: int,
+    batch_size: int,
+    file: Path,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Attack parts of the test set until the time is up; a part that is begun is finished.
+
+    Args:
+        attack: (images, labels, batch size, state file) → verdicts.
+        file: what is known so far; another call goes on from it with another so many minutes.
+
+    Returns:
+        (k,) the images that were attacked, (k,) int8 what broke them (as `AutoAttackResult.broken_by`), and warnings.
+    """
+    if not 0 < minutes < float("inf"):
+        raise InputError(f"--minutes is {minutes}; give a number above 0")
+    processes, order = subject.processes, stratified_order(subject.y, seed)
+    about = {**subject.describe(seed=seed, batch_size=batch_size), "date": None}
+    broken_by, size, warnings = _read(file, about)
+    part_file = file.with_name(f"{file.stem}.part{file.suffix}")
+    began, attacked = time.monotonic(), 0
+    while len(broken_by) < len(order):
+        if size == 0:
+            spent, left = time.monotonic() - began, len(order) - len(broken_by)
+            fits = int((60 * minutes - spent) * attacked / spent) if attacked else FIRST * processes.count
+            size = min(fits, left, batch_size * processes.count)
+            size = int(processes.largest(torch.tensor(size if processes.main else 0)))  # one clock decides
+            if size < 1:
+                break
+            _write(file, about, broken_by, size, warnings, subject)
+        rows = order[len(broken_by) : len(broken_by) + size]
+        result = attack(subject.x[rows], subject.y[rows], -(-size // processes.count), part_file)
+        broken_by, attacked = torch.cat([broken_by, result.broken_by]), attacked + size
+        warnings, size = list(dict.fromkeys([*warnings, *result.warnings])), 0
+        _write(file, about, broken_by, size, warnings, subject)
+        if processes.main:
+            for state in state_files(part_file):
+                state.unlink()
+        processes.wait()
+    return order[: len(broken_by)], broken_by, warnings
+
+
+def _write(
+    file: Path, about: dict[str, Any], broken_by: Tensor, size: int, warnings: list[str], subject: common.Subject
+) -> None:
+    if subject.processes.main:
+        text = json.dumps({**about, "size": size, "found": warnings})
+        with atomic_path(file) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, about=text, broken_by=broken_by.numpy())
+    subject.processes.wait()
+
+
+def _read(file: Path, about: dict[str, Any]) -> tuple[Tensor, int, list[str]]:
+    """What broke the images so far, the size of the part under way, and warnings."""
+    if not file.is_file():
+        return torch.zeros(0, dtype=torch.int8), 0, []
+    try:
+        with np.load(file, allow_pickle=False) as state:
+            known, broken_by = json.loads(str(state["about"])), torch.from_numpy(state["broken_by"])
+        size, warnings = known.pop("size"), known.pop("found")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete it to start over") from error
+    if known != json.loads(json.dumps(about)):
+        raise InputError(f"{file} is of another setting; delete it to start over, or give another --out")
+    return broken_by, size, warnings

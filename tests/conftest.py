@@ -1,3 +1,4 @@
+import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 from hypothesis import settings
 
 from rb_noisy.recipes import Recipe
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist says 80, and the tables that tests read would be folded
 
 # A shared or slow machine is no reason for a property to fail.
 settings.register_profile("any_speed", deadline=None)

@@ -1,4 +1,4 @@
-"""Side by side in one run, so that only ratios are read: `pytest tests/benchmarks --benchmark-group-by=group`.
+"""Side by side in one run, so that only ratios are read: `pytest tests/benchmarks -n 0 --benchmark-group-by=group`.
 
 Peers are the loops that papers publish: `loss.backward()` inside the attack, κ counted sample by sample, nothing
 dropped. Verdicts are compared before speeds.
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import rb_noisy
 from model_zoo.registry import list_models
-from rb_noisy.attacks import kappa, pgd
+from rb_noisy.attacks import pgd
 from rb_noisy.data import load_data
+from rb_noisy.geometry import kappa
 from rb_noisy.recipes import Recipe
 from rb_noisy.training import _Trainer
 

@@ -1,4 +1,4 @@
-"""Our training step beside the published loop, in one run: `pytest tests/benchmarks --benchmark-group-by=group`.
+"""Our training step beside the published loop, in one run: `pytest tests/benchmarks -n 0 --benchmark-group-by=group`.
 
 The published loop is that of Rice et al. 2020 and of [SGLR]'s code without its GPU library: fp32, NCHW,
 `loss.backward()` inside the attack. Model, batch, steps and optimiser are the same.
@@ -6,15 +6,17 @@ The published loop is that of Rice et al. 2020 and of [SGLR]'s code without its 
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from rb_noisy.backbones import build_backbone
 from rb_noisy.recipes import Recipe
 from rb_noisy.training import _Trainer
+from tests.benchmarks.measure import profiled
 from tests.conftest import threads
 
 BATCH, EPS, ALPHA, STEPS = 64, 8 / 255, 2 / 255, 10
@@ -39,8 +41,8 @@ def images(tmp_path_factory):
     return file
 
 
-def published_step(images):
-    """One step of PGD-AT as published, as a function without arguments."""
+def published_step(images, mode):
+    """One step of PGD-AT as published, with BatchNorm in `mode` during the attack; a function without arguments."""
     arrays = np.load(images)
     x = torch.from_numpy(arrays["x_train"][:BATCH]).permute(0, 3, 1, 2).float().div(255).contiguous()
     y = torch.from_numpy(arrays["y_train"][:BATCH])
@@ -52,11 +54,13 @@ def published_step(images):
         delta = torch.empty_like(x).uniform_(-EPS, EPS)
         delta.data = torch.clamp(x + delta, 0, 1) - x
         delta.requires_grad_()
+        model.train(mode == "train")
         for _ in range(STEPS):
             F.cross_entropy(model(x + delta), y).backward()
             moved = torch.clamp(delta.data + ALPHA * delta.grad.sign(), -EPS, EPS)
             delta.data = torch.clamp(x + moved, 0, 1) - x
             delta.grad.zero_()
+        model.train()
         loss = F.cross_entropy(model(x + delta.detach()), y)
         optimizer.zero_grad()
         loss.backward()
@@ -66,7 +70,7 @@ def published_step(images):
     return step
 
 
-def our_step(images, folder, **fields):
+def our_step(images, folder, mode="eval", compiled=False, **fields):
     recipe = Recipe(
         data=f"npz:{images}",
         backbone="preact_resnet18",
@@ -78,35 +82,41 @@ def our_step(images, folder, **fields):
         lr=0.1,
         normalize=False,
         augment=False,
-        attack_mode="train",
+        attack_mode=mode,
         epochs=10,
         track=10,
         **fields,
     )
-    trainer = _Trainer(recipe, folder, False, None)
+    trainer = _Trainer(recipe, folder, False, None, compiled=compiled)
     draws, index = torch.Generator().manual_seed(0), torch.arange(BATCH)
     return lambda: trainer.step(index, 0, 0.0, draws)[0]
 
 
 def where(step):
     """Peak of the tensors that one step allocates, in MiB, and the shares of its time, in %."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = profiled.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    peak = np.cumsum([size for _, size in changes]).max() / 2**20
-    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
-    total = sum(times.values())
+    peak, times = profiled(step)
     parts = {"convolutions": "conv", "BatchNorm": "batch_norm"}
+    total = sum(times.values())
     shares = {part: sum(t for key, t in times.items() if name in key) / total for part, name in parts.items()}
-    return round(float(peak)), {part: round(100 * share) for part, share in shares.items()}
+    return round(peak), {part: round(100 * share) for part, share in shares.items()}
 
 
-@pytest.mark.benchmark(group="a PGD-10 training step of a PreAct-ResNet-18 of a quarter of the width")
-@pytest.mark.parametrize("loop", ["published", "ours", "ours, bf16"])
-def test_training_step(loop, benchmark, images, tmp_path, capsys):
-    precision = "bf16" if "bf16" in loop else "no"
-    step = published_step(images) if loop == "published" else our_step(images, tmp_path / "run", precision=precision)
+long = pytest.mark.skipif("RB_NOISY_LONG" not in os.environ, reason="compiles for a minute: set RB_NOISY_LONG")
+LOOPS = [  # of the attack: BatchNorm's mode, who, how
+    ("eval", "published", {}),
+    ("eval", "ours", {}),
+    ("eval", "ours, bf16", {"precision": "bf16"}),
+    pytest.param("eval", "ours, compiled", {"compiled": True}, marks=long),
+    pytest.param("eval", "ours, compiled, bf16", {"compiled": True, "precision": "bf16"}, marks=long),
+    ("train", "published", {}),
+    ("train", "ours", {}),
+]
+
+
+@pytest.mark.parametrize(("mode", "loop", "options"), LOOPS)
+def test_training_step(mode, loop, options, benchmark, images, tmp_path, capsys):
+    benchmark.group = f"a PGD-10 training step of a quarter-width PreAct-ResNet-18, attack in {mode} mode"
+    step = published_step(images, mode) if loop == "published" else our_step(images, tmp_path / "run", mode, **options)
     loss = benchmark.pedantic(step, **rounds)
     assert torch.isfinite(loss)
     mebibytes, shares = where(step)
@@ -115,7 +125,7 @@ def test_training_step(loop, benchmark, images, tmp_path, capsys):
     others = 100 - sum(shares.values())
     split = ", ".join(f"{part} {share}%" for part, share in (shares | {"all else": others}).items())
     with capsys.disabled():
-        print(f"\n{loop}: {speed} images per second, at most {mebibytes} MiB of tensors beside the model; {split}")
+        print(f"\n{mode}, {loop}: {speed} images per second, {mebibytes} MiB of tensors beside the model; {split}")
 
 
 @pytest.mark.benchmark(group="what SGLR adds to a PGD-10 training step")

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rb_noisy
+import rb_noisy.autoattack
 from rb_noisy.attacks import pgd
 from rb_noisy.autoattack import run_autoattack
 from rb_noisy.data import load_data
@@ -28,6 +29,7 @@ from rb_noisy.fast import fast_form
 from rb_noisy.geometry import kappa, stands
 from tests.benchmarks.measure import interleaved, profiled
 from tests.conftest import threads
+from tests.test_autoattack import shorten
 
 CIFAR10 = os.environ.get("RB_NOISY_CIFAR10")
 SUBJECTS = ["digits", pytest.param("cifar10", marks=pytest.mark.skipif(CIFAR10 is None, reason="no RB_NOISY_CIFAR10"))]
@@ -181,28 +183,33 @@ def test_pgd_20(subject, capsys):
     report(capsys, f"PGD-20 of {len(final)} images, {subject.name}", seconds, memory, notes)
 
 
-def test_autoattack(subject, capsys):
+def test_autoattack(subject, capsys, monkeypatch):
     from pyautoattack import AutoAttack
 
     n, size = (16, 16) if subject.large else (4, 4)
     x, y, eps = subject.x[:n], subject.y[:n], subject.ball["eps"]
 
-    def reference(model):
-        adversary = AutoAttack(copy.deepcopy(model), norm="Linf", eps=eps, seed=0, version="standard")
+    def reference(model, change=lambda adversary: adversary):
+        adversary = change(AutoAttack(copy.deepcopy(model), norm="Linf", eps=eps, seed=0, version="standard"))
         return adversary.run_standard_evaluation(x, y, batch_size=size)[1] == y
+
+    def ours(form):
+        return run_autoattack(subject.model, x, y, eps=eps, batch_size=size, fast=form).robust
 
     contenders = {"reference driver": lambda: reference(subject.model)}
     if subject.large:
         contenders["reference driver, channels_last"] = lambda: reference(subject.last)
-    for name, form in subject.forms.items():
-        if "bf16" not in name:
-            contenders[f"ours, {name}"] = lambda form=form: (
-                run_autoattack(subject.model, x, y, eps=eps, batch_size=size, fast=form).robust
-            )
+    forms = {name: form for name, form in subject.forms.items() if "bf16" not in name}
+    contenders |= {f"ours, {name}": lambda form=form: ours(form) for name, form in forms.items()}
     verdicts = {}
     seconds = interleaved(
         {name: lambda name=name, call=call: verdicts.update({name: call()}) for name, call in contenders.items()}, 1
     )
     assert all(torch.equal(found, verdicts["reference driver"]) for found in verdicts.values())
+    # The peak is that of any iteration, of which a profile holds only so many.
+    memory = {"reference driver": profiled(lambda: reference(subject.model, shorten))[0]}
+    build = rb_noisy.autoattack._build_attacks
+    monkeypatch.setattr(rb_noisy.autoattack, "_build_attacks", lambda *args: shorten(build(*args)))
+    memory["ours, fast"] = profiled(lambda: ours(subject.forms["fast"]))[0]
     notes = {name: f"{int(found.sum())} of {n} stand" for name, found in verdicts.items()}
-    report(capsys, f"AutoAttack on {n} images, {subject.name}", seconds, {}, notes)
+    report(capsys, f"AutoAttack on {n} images, {subject.name}", seconds, memory, notes)

@@ -152,6 +152,8 @@ class _Trainer:
         in_eval_mode = recipe.attack_mode == "eval" and recipe.make_objective().attack_loss is not None
         half = recipe.precision == "bf16"
         attacked = fast_form(self.model, compiled=compiled, half=half).to(self.device) if in_eval_mode else None
+        # Drawn from the seed alone, also where the run is resumed.
+        self.tracker.start = {n: p.detach().clone().to(self.device) for n, p in self.model.named_parameters()}
         self.class_names = data.class_names
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),

@@ -193,18 +193,6 @@ def information_in_weights(slopes_squared: float | Tensor, n: int) -> float:
     return 0.5 * n * torch.as_tensor(slopes_squared, dtype=torch.float64).mean().item()
 
 
-def tracked_information(line: Mapping[str, Any], correct: int, incorrect: int) -> float | None:
-    """`information_in_weights` of one epoch's metrics for a run with so many correct and incorrect training labels.
-
-    None where the run did not record it.
-    """
-    parts = ((correct, line.get("train_correct_slope_squared")), (incorrect, line.get("train_incorrect_slope_squared")))
-    if any(count and mean is None for count, mean in parts):
-        return None
-    n = correct + incorrect
-    return information_in_weights(sum(count * mean for count, mean in parts if count) / n, n)
-
-
 @dataclass(frozen=True)
 class Trajectory:
     """How sure a network was over training ([SGLR] Figure 3); each (E,), NaN where an epoch has no such prediction.

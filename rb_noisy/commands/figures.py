@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +50,7 @@ def figures(
             )
         if seed < 0:
             raise InputError(f"--seed is {seed}; give a whole number of at least 0")
-        sources = [source for run in runs or () for source in open_sources(run, zoo)]
+        sources = _told_apart([source for run in runs or () for source in open_sources(run, zoo)])
         missing: list[tuple[str, NotDrawn]] = []
         with progress_bar() as bar:
             task = bar.add_task("figures", total=len(names))
@@ -71,6 +72,18 @@ def figures(
                 soft_wrap=True,
                 markup=False,
             )
+
+
+def _told_apart(sources: list[Source]) -> list[Source]:
+    """Runs of one name, from two folders, get the folder's name too, and if need be a number."""
+    seen: dict[str, int] = {}
+    found = []
+    for source in sources:
+        same = sum(source.name == other.name for other in sources) > 1
+        name = f"{source.run.path.parent.name}-{source.name}" if same and source.run is not None else source.name
+        seen[name] = seen.get(name, 0) + 1
+        found.append(replace(source, name=name if seen[name] == 1 else f"{name}-{seen[name]}"))
+    return found
 
 
 def open_sources(name: str, zoo: str | None) -> list[Source]:

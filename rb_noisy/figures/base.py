@@ -94,7 +94,7 @@ class Drawing:
         from matplotlib import rc_context
 
         for axis in self.figure.axes:  # only now, because set_title sets the size back
-            axis.set_title(_wrapped(axis.get_title(), 34), fontsize=9.5, parse_math=False)
+            axis.set_title(wrapped(axis.get_title(), 34), fontsize=9.5, parse_math=False)
         files = [folder / f"{self.name}.{kind}" for kind in ("png", "svg", "csv")]
         with rc_context({"svg.hashsalt": "rb-noisy", "svg.fonttype": "path"}):
             for file, metadata in zip(files, ({"Software": None}, {"Date": None}), strict=False):
@@ -137,7 +137,7 @@ def sheet(rows: int, columns: int, title: str, width: float = 3.6, height: float
     size = (max(columns * width, 4.8), rows * height + 0.9)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    figure.suptitle(_wrapped(title, int(size[0] * 11)), fontsize=11, parse_math=False)
+    figure.suptitle(wrapped(title, int(size[0] * 11)), fontsize=11, parse_math=False)
     for axis in axes.flat:
         axis.grid(color="#DDDDDD", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -147,13 +147,14 @@ def sheet(rows: int, columns: int, title: str, width: float = 3.6, height: float
     return figure, axes
 
 
-def _wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of at most so many characters."""
     import textwrap
 
     return "\n".join(textwrap.wrap(text, width))
 
 
-def legend(figure: Figure, axes: Iterable[Axes], sort: bool = False) -> None:
+def legend(figure: Figure, axes: Iterable[Axes], sort: bool = False, markerscale: float = 1) -> None:
     """One legend for all panels, below them, each label once, in the order drawn or of the alphabet."""
     found: dict[str, Any] = {}
     for axis in axes:
@@ -163,7 +164,7 @@ def legend(figure: Figure, axes: Iterable[Axes], sort: bool = False) -> None:
         found = dict(sorted(found.items()))
     longest = max((len(label) for label in found), default=1)
     fits = max(1, int(figure.get_size_inches()[0] / (0.085 * longest + 0.75)))
-    options = {"loc": "outside lower center", "fontsize": 8.5, "frameon": False}
+    options = {"loc": "outside lower center", "fontsize": 8.5, "frameon": False, "markerscale": markerscale}
     figure.legend(found.values(), found.keys(), ncols=min(fits, len(found) or 1), **options)
 
 

@@ -47,7 +47,7 @@ class Group:
     @property
     def rates(self) -> list[str]:
         """See `Source.rate`; numbers first, in their order."""
-        return sorted({line.rate for line in self.lines}, key=_rate_order)
+        return sorted({line.rate for line in self.lines}, key=rate_order)
 
     @property
     def epochs(self) -> int:
@@ -97,7 +97,7 @@ def _group(noise: str, sources: list[Source]) -> Group:
     names: dict[tuple[str, str], int] = {}
     found = []
     for (method, rate, _), members in sorted(
-        lines.items(), key=lambda item: (_order(item[0][0]), _rate_order(item[0][1]))
+        lines.items(), key=lambda item: (order(item[0][0]), rate_order(item[0][1]))
     ):
         # Two settings of one method, a temperature, say, are told apart by the names of their runs.
         names[method, rate] = names.get((method, rate), 0) + 1
@@ -106,12 +106,12 @@ def _group(noise: str, sources: list[Source]) -> Group:
     return Group(sources[0].recipe, noise, tuple(found))
 
 
-def _order(method: str) -> tuple[int, str]:
+def order(method: str) -> tuple[int, str]:
     first = ("st", "pgd-at")
     return (first.index(method) if method in first else len(first), method)
 
 
-def _rate_order(rate: str) -> tuple[float, str]:
+def rate_order(rate: str) -> tuple[float, str]:
     return (float(rate), "") if rate.replace(".", "").isdigit() else (float("inf"), rate)
 
 

@@ -25,6 +25,7 @@ from rb_noisy.figures.base import (
     same_scale,
     sheet,
     title,
+    wrapped,
 )
 from rb_noisy.geometry import kappa
 from rb_noisy.measures import accuracy_by_kappa as by_kappa
@@ -143,9 +144,7 @@ def _draw_gallery(
     width, height = left + (len(bins) * (GALLERY_EACH * cell + 0.15)), head + len(classes) * (cell + 0.12)
     figure = Figure(figsize=(width, height), facecolor="white")
     heading = f"{title(source)}: training images by given label and κ (framed: mislabeled, true class)"
-    from rb_noisy.figures.base import _wrapped
-
-    figure.text(0.5, 1 - 0.08 / height, _wrapped(heading, int(width * 12)), ha="center", va="top", fontsize=9.5)
+    figure.text(0.5, 1 - 0.08 / height, wrapped(heading, int(width * 12)), ha="center", va="top", fontsize=9.5)
     rows = []
     for column, (text, low, high) in enumerate(bins):
         at = left + column * (GALLERY_EACH * cell + 0.15)
@@ -290,6 +289,8 @@ def _networks(context: Context) -> list[Source]:
 
 
 def _scatter(axis: Any, sample: _Sample, found: Tensor, steps: int, seed: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     # κ is whole: without a little spread many points would be one.
     spread = np.random.default_rng(seed).uniform(-0.3, 0.3, len(found))
     for wrong, text, colour in KINDS:
@@ -297,6 +298,7 @@ def _scatter(axis: Any, sample: _Sample, found: Tensor, steps: int, seed: int) -
         if own.any():
             marker = {"marker": "x" if wrong else "o", "s": 14 if wrong else 10, "alpha": 0.6, "linewidths": 0.9}
             axis.scatter(sample.loss.numpy()[own], (found.numpy() + spread)[own], color=colour, label=text, **marker)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.set(xlabel="natural loss", ylabel="κ", ylim=(-0.06 * steps - 0.3, 1.06 * steps + 0.3))
 
 

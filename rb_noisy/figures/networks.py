@@ -11,7 +11,7 @@ import torch
 from rb_noisy.analysis import filter_normalised_direction, loss_landscape, penultimate_features
 from rb_noisy.figures.base import COLOURS, Context, Drawing, NotDrawn, Source, data_title, legend, noise_title
 from rb_noisy.figures.base import sheet as new_sheet
-from rb_noisy.figures.groups import _order, _rate_order
+from rb_noisy.figures.groups import order, rate_order
 from rb_noisy.training_data import training_set
 
 SAMPLES = 500
@@ -32,7 +32,7 @@ def loss_landscapes(context: Context) -> list[Drawing]:
         groups.setdefault((r.data, r.train_size, r.noise, r.noise_rate, r.noise_seed), []).append(source)
     drawings: list[Drawing] = []
     for sources in groups.values():
-        sources = sorted(sources, key=lambda s: (_order(s.recipe.method), s.name))
+        sources = sorted(sources, key=lambda s: (order(s.recipe.method), s.name))
         for at in range(0, len(sources), MOST):
             drawings.append(_landscapes(sources[at : at + MOST], context, at // MOST))
     return drawings
@@ -53,7 +53,9 @@ def _landscapes(sources: list[Source], context: Context, part: int) -> Drawing:
             loss_landscape(model, data.x_train[index], labels.given[index], directions=directions, steps=STEPS)
         )
     whole = torch.stack(found).clamp_min(1e-3)
-    title = f"Training loss around the final weights: {data_title(recipe)}, {noise_title(recipe)}"
+    networks = list(dict.fromkeys(str(source.recipe.backbone) for source in sources))
+    title = f"Training loss around the final weights: {data_title(recipe)}, {noise_title(recipe)}, "
+    title += " and ".join(networks)
     figure, axes = new_sheet(1, len(sources), title, width=3.3, height=2.9)
     scale = {"norm": LogNorm(whole.min().item(), whole.max().item()), "cmap": "cividis"}
     levels = np.geomspace(whole.min().item(), whole.max().item() * 1.0001, 16)
@@ -63,13 +65,14 @@ def _landscapes(sources: list[Source], context: Context, part: int) -> Drawing:
         axis.contour(STEPS, STEPS, values.T, levels=levels, colors="white", linewidths=0.4)
         axis.plot(0, 0, marker="*", markersize=11, color="#D55E00", linestyle="none", label="the network")
         axis.set(xlabel="first direction", ylabel="second direction", aspect="equal")
-        axis.set_title(f"{source.recipe.method}, {source.recipe.backbone}", parse_math=False)
+        own = f"{source.recipe.method}, {source.recipe.backbone}" if len(networks) > 1 else source.recipe.method
+        axis.set_title(own, parse_math=False)
         rows += [
             {"run": source.name, "a": a, "b": b, "loss": values[i, j].item()}
             for i, a in enumerate(STEPS.tolist())
             for j, b in enumerate(STEPS.tolist())
         ]
-    bar = figure.colorbar(shading, ax=axes[0].tolist(), label="mean cross entropy", format="%.2g", fraction=0.04)
+    bar = figure.colorbar(shading, ax=axes[0].tolist(), label="mean cross entropy", format="%.3g", fraction=0.04)
     bar.set_ticks(levels[::3])
     bar.ax.minorticks_off()
     legend(figure, axes[0])
@@ -105,8 +108,8 @@ def _draw_features(
     drawn = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(context.seed))
     index = drawn[data.y_test[drawn] < CLASSES][:SAMPLES]
     x, y = data.x_test[index], data.y_test[index].numpy()
-    methods = sorted({method for method, _ in networks}, key=_order)
-    rates = sorted({rate for _, rate in networks}, key=_rate_order)
+    methods = sorted({method for method, _ in networks}, key=order)
+    rates = sorted({rate for _, rate in networks}, key=rate_order)
     noise = "clean labels" if kind == "none" else f"{kind} noise"
     backbones = " and ".join(dict.fromkeys(str(s.recipe.backbone) for s in networks.values()))
     heading = f"Penultimate features of test data, {name}: {data_title(recipe)}, {noise}, {backbones}"
@@ -131,7 +134,7 @@ def _draw_features(
                 {"method": method, "noise_rate": rate, "class": data.class_names[label], "a": a, "b": b}
                 for label, (a, b) in zip(y.tolist(), places.tolist(), strict=True)
             ]
-    legend(figure, figure.axes)
+    legend(figure, figure.axes, markerscale=2)
     return Drawing(f"features-{name}_{data_title(recipe)}-{kind}".lower(), figure, rows)
 
 

@@ -13,7 +13,7 @@ from rb_noisy.attacks import pgd
 from rb_noisy.figures.base import CORRECT, INCORRECT, Context, Drawing, legend, sheet
 
 EPS, ALPHA, ITERATIONS, WIDTH = 0.08, 0.02, 1000, 100
-POINTS, APART, MARGIN = 23, 0.1, 0.06
+POINTS, APART, MARGIN, DEEP = 23, 0.1, 0.06, 0.13
 GRID = 61
 
 
@@ -22,7 +22,8 @@ def toy(context: Context) -> list[Drawing]:
 
     ε = 0.08, α = 0.02, an MLP of 5 linear layers and 4 ReLU, Adam at 1e-3 for 1000 iterations, as in App. B. Where the
     points lie and how wide the layers are (100) the paper does not print: here the true classes are the two sides of a
-    diagonal, the points are drawn by the seed, and the two mislabeled ones are the deepest within their class.
+    diagonal, the points are drawn by the seed, and of each class the most central of those away from the diagonal is
+    mislabeled.
     """
     x, y, wrong = points(context.seed)
     heading = "Two-dimensional toy, 2 of 23 labels wrong, MLP: confidence under standard and adversarial training"
@@ -39,7 +40,7 @@ def toy(context: Context) -> list[Drawing]:
         model = train_toy(x, y, steps, context.seed)
         with torch.no_grad():
             probability = model(grid[..., None, None]).softmax(1)[:, 1].view(GRID, GRID)
-        shading = axis.pcolormesh(ticks, ticks, probability.T, cmap="PuOr", vmin=0, vmax=1, shading="gouraud")
+        shading = axis.pcolormesh(ticks, ticks, probability.T, cmap="PuOr", vmin=-0.3, vmax=1.3, shading="gouraud")
         axis.grid(False)
         axis.set(title=panel, xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
         _draw_points(axis, x, y, wrong, boxes=steps > 0)
@@ -47,7 +48,8 @@ def toy(context: Context) -> list[Drawing]:
             {"panel": panel, "a": a, "b": b, "label": None, "mislabeled": None, "probability": p}
             for (a, b), p in zip(grid.tolist(), probability.flatten().tolist(), strict=True)
         ]
-    figure.colorbar(shading, ax=axes[0].tolist(), label="probability of class 1", fraction=0.02)
+    bar = figure.colorbar(shading, ax=axes[0].tolist(), label="probability of class 1", fraction=0.02)
+    bar.ax.set_ylim(0, 1)
     legend(figure, axes[0])
     return [Drawing("toy", figure, rows)]
 
@@ -66,8 +68,8 @@ def points(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     wrong = np.zeros(POINTS, bool)
     for label in (0, 1):
         own = np.flatnonzero(true == label)
-        # The deepest: the nearest to the middle of its class.
-        wrong[own[np.abs(x[own] - x[own].mean(0)).max(1).argmin()]] = True
+        inner = own[np.abs(x[own].sum(1) - 1) / 2 > DEEP]
+        wrong[inner[np.abs(x[inner] - x[own].mean(0)).max(1).argmin()]] = True
     given = np.where(wrong, 1 - true, true)
     return torch.tensor(x, dtype=torch.float32), torch.tensor(given), torch.tensor(wrong)
 

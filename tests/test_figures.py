@@ -15,7 +15,7 @@ import model_zoo
 from rb_noisy.attacks import pgd
 from rb_noisy.cli import app
 from rb_noisy.commands.figures import NAMES
-from rb_noisy.figures import FIGURES, kappa, networks, toy
+from rb_noisy.figures import FIGURES, base, kappa, networks, toy
 from rb_noisy.geometry import kappa as measure_kappa
 from rb_noisy.runs import Run
 from rb_noisy.training import train
@@ -58,6 +58,7 @@ def runs(tiny_data, tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Figures of few points: the numbers change, the way they are made does not."""
+    monkeypatch.setattr(base, "DPI", 40)
     monkeypatch.setattr(toy, "ITERATIONS", 3)
     monkeypatch.setattr(networks, "STEPS", torch.linspace(-1, 1, 3))
     monkeypatch.setattr(networks, "SAMPLES", 40)

@@ -100,6 +100,7 @@ class Drawing:
             for file, metadata in zip(files, ({"Software": None}, {"Date": None}), strict=False):
                 with atomic_path(file) as temporary:
                     self.figure.savefig(temporary, format=file.suffix[1:], dpi=DPI, metadata=metadata)
+                self.figure.set_layout_engine("none")  # the second file keeps the places found for the first
         with atomic_path(files[2]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()

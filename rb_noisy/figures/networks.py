@@ -61,8 +61,9 @@ def _landscapes(sources: list[Source], context: Context, part: int) -> Drawing:
     levels = np.geomspace(whole.min().item(), whole.max().item() * 1.0001, 16)
     rows: list[dict[str, Any]] = []
     for axis, source, values in zip(axes[0], sources, whole, strict=True):
-        shading = axis.contourf(STEPS, STEPS, values.T, levels=levels, **scale)
-        axis.contour(STEPS, STEPS, values.T, levels=levels, colors="white", linewidths=0.4)
+        surface = STEPS.numpy(), STEPS.numpy(), values.T.numpy()
+        shading = axis.contourf(*surface, levels=levels, **scale)
+        axis.contour(*surface, levels=levels, colors="white", linewidths=0.4)
         axis.plot(0, 0, marker="*", markersize=11, color="#D55E00", linestyle="none", label="the network")
         axis.set(xlabel="first direction", ylabel="second direction", aspect="equal")
         own = f"{source.recipe.method}, {source.recipe.backbone}" if len(networks) > 1 else source.recipe.method

@@ -40,7 +40,8 @@ def toy(context: Context) -> list[Drawing]:
         model = train_toy(x, y, steps, context.seed)
         with torch.no_grad():
             probability = model(grid[..., None, None]).softmax(1)[:, 1].view(GRID, GRID)
-        shading = axis.pcolormesh(ticks, ticks, probability.T, cmap="PuOr", vmin=-0.3, vmax=1.3, shading="gouraud")
+        place = {"origin": "lower", "extent": (0, 1, 0, 1), "interpolation": "bilinear"}
+        shading = axis.imshow(probability.T.numpy(), cmap="PuOr", vmin=-0.3, vmax=1.3, **place)
         axis.grid(False)
         axis.set(title=panel, xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
         _draw_points(axis, x, y, wrong, boxes=steps > 0)
@@ -103,7 +104,7 @@ def _draw_points(axis: Any, x: Tensor, y: Tensor, wrong: Tensor, boxes: bool) ->
         for label, fill in ((0, "white"), (1, "black")):
             chosen = x[(wrong == bad) & (y == label)]
             style = {"s": 46 if bad else 26, "marker": marker, "edgecolors": colour, "linewidths": 1.6, "zorder": 3}
-            axis.scatter(*chosen.T, color=fill, label=f"{kind}, given class {label}", **style)
+            axis.scatter(*chosen.T.numpy(), color=fill, label=f"{kind}, given class {label}", **style)
     for corner, bad in zip((x - EPS).tolist(), wrong.tolist(), strict=True) if boxes else ():
         colour = INCORRECT if bad else CORRECT
         axis.add_patch(Rectangle(corner, 2 * EPS, 2 * EPS, fill=False, edgecolor=colour, linewidth=0.7))

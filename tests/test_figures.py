@@ -234,6 +234,17 @@ def test_seeds_are_averaged_and_networks_stand_side_by_side(runs, no_pictures, t
     assert column(rows, "value", method="pgd-at, y", attack="PGD-3") == pytest.approx([10, 10])
 
 
+def test_runs_of_another_size_get_figures_of_their_own(runs, no_pictures, tmp_path):
+    other = tmp_path / "runs" / "short"
+    shutil.copytree(runs / "pgd-at", other)
+    described = json.loads((other / "run.json").read_text(encoding="utf-8"))
+    described["recipe"] |= {"train_size": 80}
+    (other / "run.json").write_text(json.dumps(described))
+    assert call(runs / "pgd-at", other, "--out", tmp_path / "f", "--figure", "learning-curves").exit_code == 0
+    names = sorted(path.name for path in (tmp_path / "f").glob("*.png"))
+    assert names == ["learning-curves_quadrants-symmetric.2.png", "learning-curves_quadrants-symmetric.png"]
+
+
 def test_runs_of_one_name_do_not_overwrite_each_other(runs, no_pictures, tmp_path):
     for place in ("one", "two"):
         shutil.copytree(runs / "clean", tmp_path / place / "run")

@@ -7,7 +7,7 @@ an entry in `FIGURES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rb_noisy.errors import unknown_name
 from rb_noisy.figures import curves, kappa, networks, refinement, toy
@@ -66,8 +66,15 @@ def draw(names: Sequence[str], context: Context) -> Iterator[tuple[str, list[Dra
         InputError: an unknown name; data or weights that a figure needs are damaged or cannot be had.
     """
     check_names(names)
+    seen: dict[str, int] = {}
+
+    def own_name(drawing: Drawing) -> Drawing:
+        """Runs of other sizes or lengths make figures of the same name; the second is .2 then."""
+        seen[drawing.name] = seen.get(drawing.name, 0) + 1
+        return drawing if seen[drawing.name] == 1 else replace(drawing, name=f"{drawing.name}.{seen[drawing.name]}")
+
     for name in names:
         try:
-            yield name, FIGURES[name].draw(context)
+            yield name, [own_name(drawing) for drawing in FIGURES[name].draw(context)]
         except NotDrawn as reason:
             yield name, reason

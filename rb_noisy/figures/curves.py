@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from rb_noisy.figures.groups import Group, Line, grouped, mean_of
 
 COMMAND = "rb-noisy sweep --data DATA --method st,pgd-at --noise symmetric --noise-rate 0,0.2,0.4 --out RUNS"
 KINDS = (("train_correct", "correct labels", CORRECT, "-"), ("train_incorrect", "incorrect labels", INCORRECT, "--"))
-MOST_METHODS = 6  # beside each other
 
 
 def learning_curves(context: Context) -> list[Drawing]:
@@ -34,8 +32,8 @@ def learning_curves(context: Context) -> list[Drawing]:
     A column for each method (and network), a line for each noise rate.
     """
     drawings = []
-    for name, group in _parts(grouped(context.sources)):
-        drawing = _Panels(f"learning-curves_{name}", f"Test accuracy: {group.title}", group, 2)
+    for group in grouped(context.sources):
+        drawing = _Panels(f"learning-curves_{group.name}", f"Test accuracy: {group.title}", group, 2)
         for line in group.lines:
             colour = COLOURS[group.rates.index(line.rate) % len(COLOURS)]
             for row, (metric, what) in enumerate((("test_natural_acc", "natural"), ("test_pgd_acc", _pgd(group)))):
@@ -50,8 +48,8 @@ def learning_curves(context: Context) -> list[Drawing]:
 def train_accuracy(context: Context) -> list[Drawing]:
     """[NL] Figures 3, 13, 14, 18: natural and PGD accuracy on correct and incorrect training data, given labels."""
     drawings = []
-    for name, group in _parts(_noisy(grouped(context.sources))):
-        drawing = _Panels(f"train-accuracy_{name}", f"Accuracy on training data: {group.title}", group, 2)
+    for group in _noisy(grouped(context.sources)):
+        drawing = _Panels(f"train-accuracy_{group.name}", f"Accuracy on training data: {group.title}", group, 2)
         for line in group.lines:
             for row, (measure, what) in enumerate((("natural_acc", "natural"), ("pgd_acc", _pgd(group)))):
                 drawing.add_kinds(row, line, measure, 100, what)
@@ -63,8 +61,8 @@ def train_accuracy(context: Context) -> list[Drawing]:
 def kappa_over_epochs(context: Context) -> list[Drawing]:
     """[NL] Figures 5, 21, 22: mean natural loss and mean κ of correct and incorrect training data over the epochs."""
     drawings = []
-    for name, group in _parts(_noisy(grouped(context.sources))):
-        drawing = _Panels(f"kappa-over-epochs_{name}", f"Loss and κ: {group.title}", group, 2)
+    for group in _noisy(grouped(context.sources)):
+        drawing = _Panels(f"kappa-over-epochs_{group.name}", f"Loss and κ: {group.title}", group, 2)
         for line in group.lines:
             drawing.add_kinds(0, line, "loss", 1, "mean natural loss")
             drawing.axis(0, line).set_ylabel("mean natural loss")
@@ -84,7 +82,7 @@ def neighbourhood_entropy(context: Context) -> list[Drawing]:
     """
     needs = ("train_incorrect_entropy_random", "train_incorrect_entropy_adversarial")
     drawings = []
-    for name, group in _parts(_noisy(grouped(context.sources, needs)), methods=len(COLOURS)):
+    for group in _noisy(grouped(context.sources, needs, methods=len(COLOURS))):
         title = f"Entropy around incorrect data: {group.title}"
         figure, axes = sheet(1, 2, title, 4.6, 3.4)
         rows: list[dict[str, Any]] = []
@@ -101,7 +99,7 @@ def neighbourhood_entropy(context: Context) -> list[Drawing]:
             epochs_axis(axis, group.epochs)
         same_scale(axes[0])
         legend(figure, axes.flat)
-        drawings.append(Drawing(f"neighbourhood-entropy_{name}", figure, rows))
+        drawings.append(Drawing(f"neighbourhood-entropy_{group.name}", figure, rows))
     return drawings
 
 
@@ -137,19 +135,6 @@ class _Panels:
     def finish(self) -> Drawing:
         legend(self.figure, self.axes.flat, sort=True)
         return Drawing(self.name, self.figure, self.rows)
-
-
-def _parts(groups: Sequence[Group], methods: int = MOST_METHODS) -> list[tuple[str, Group]]:
-    """Groups of at most so many methods, each with a name of its own for its files."""
-    found: list[tuple[str, Group]] = []
-    for group in groups:
-        names = group.methods
-        for at in range(0, len(names), methods):
-            lines = tuple(line for line in group.lines if line.method in names[at : at + methods])
-            name = group.file_part if len(names) <= methods else f"{group.file_part}-{at // methods + 1}"
-            same = sum(other == name or other.startswith(f"{name}.") for other, _ in found)
-            found.append((f"{name}.{same + 1}" if same else name, Group(group.recipe, group.noise, lines)))
-    return found
 
 
 def _noisy(groups: list[Group]) -> list[Group]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rb_noisy.figures.base import NotDrawn, Source, data_title
 from rb_noisy.recipes import Recipe
 
+MOST_METHODS = 5  # beside each other in one figure
 Values = Callable[[dict], float | None]
 
 
@@ -34,11 +35,13 @@ class Group:
 
     Attributes:
         noise: kind of label noise; "none" where no run has any.
+        name: for its files.
     """
 
     recipe: Recipe
     noise: str
     lines: tuple[Line, ...]
+    name: str
 
     @property
     def methods(self) -> list[str]:
@@ -59,16 +62,15 @@ class Group:
         noise = "clean labels" if self.noise == "none" else f"{self.noise} noise"
         seeds = max(len(line.sources) for line in self.lines)
         mean = f" (mean of up to {seeds} seeds)" if seeds > 1 else ""
-        return f"{data_title(self.recipe)}, {noise}, {' and '.join(map(str, networks))}{mean}"
-
-    @property
-    def file_part(self) -> str:
-        noise = "clean" if self.noise == "none" else self.noise
-        return f"{data_title(self.recipe)}-{noise}"
+        size = self.recipe.train_size
+        part = "" if size is None else f" (first {size} training images)"
+        return f"{data_title(self.recipe)}{part}, {noise}, {' and '.join(map(str, networks))}{mean}"
 
 
-def grouped(sources: Sequence[Source], needs: Sequence[str] = ()) -> list[Group]:
-    """The groups of all runs whose metrics have the names in `needs`; clean runs join every noise as its rate 0.
+def grouped(sources: Sequence[Source], needs: Sequence[str] = (), methods: int = MOST_METHODS) -> list[Group]:
+    """The groups, of at most so many methods each, of all runs whose metrics have the names in `needs`.
+
+    Clean runs join every kind of noise as its rate 0.
 
     Raises:
         NotDrawn: no run has metrics, or none has these.
@@ -84,11 +86,24 @@ def grouped(sources: Sequence[Source], needs: Sequence[str] = ()) -> list[Group]
     groups = []
     for members in settings.values():
         kinds = list(dict.fromkeys(s.recipe.noise for s in members if s.noisy)) or ["none"]
-        groups += [_group(kind, [s for s in members if not s.noisy or s.recipe.noise == kind]) for kind in kinds]
-    return groups
+        for kind in kinds:
+            name = f"{data_title(members[0].recipe)}-{'clean' if kind == 'none' else kind}"
+            lines = _lines([s for s in members if not s.noisy or s.recipe.noise == kind])
+            groups.append(Group(members[0].recipe, kind, lines, name))
+    return [part for group in groups for part in _parts(group, methods)]
 
 
-def _group(noise: str, sources: list[Source]) -> Group:
+def _parts(group: Group, most: int) -> list[Group]:
+    if len(group.methods) <= most:
+        return [group]
+    chunks = [group.methods[at : at + most] for at in range(0, len(group.methods), most)]
+    return [
+        replace(group, lines=tuple(line for line in group.lines if line.method in chunk), name=f"{group.name}-{number}")
+        for number, chunk in enumerate(chunks, 1)
+    ]
+
+
+def _lines(sources: list[Source]) -> tuple[Line, ...]:
     several = len({s.recipe.backbone for s in sources}) > 1
     lines: dict[tuple[str, str, str], list[Source]] = {}
     for source in sources:
@@ -103,7 +118,7 @@ def _group(noise: str, sources: list[Source]) -> Group:
         names[method, rate] = names.get((method, rate), 0) + 1
         label = method if names[method, rate] == 1 else f"{method} ({members[0].name})"
         found.append(Line(label, rate, tuple(members)))
-    return Group(sources[0].recipe, noise, tuple(found))
+    return tuple(found)
 
 
 def order(method: str) -> tuple[int, str]:

@@ -84,16 +84,18 @@ def _landscapes(sources: list[Source], context: Context, part: int) -> Drawing:
 def features(context: Context) -> list[Drawing]:
     """[SGLR] Figure 5: penultimate features of test data in two dimensions, a row per method, a column per noise rate.
 
-    t-SNE of 500 test images of the first 10 classes, final weights; UMAP too where `umap-learn` is installed. Distances
+    t-SNE of 500 test images of the first 10 classes, final weights (of several runs of one method and noise rate, the
+    first); UMAP too where `umap-learn` is installed. Distances
     between clusters mean little in either.
     """
     groups: dict[tuple, dict[tuple[str, str], Source]] = {}
     for source in _with_weights(context):
         kind = source.recipe.noise if source.noisy else "none"
-        groups.setdefault((source.recipe.data, kind), {}).setdefault((source.recipe.method, source.rate), source)
+        data = source.recipe.data, source.recipe.train_size
+        groups.setdefault((data, kind), {}).setdefault((source.recipe.method, source.rate), source)
     drawings = []
     for (data, kind), own in groups.items():
-        if kind == "none" and any(other[0] == data and other[1] != "none" for other in groups):
+        if kind == "none" and any(other == data and noise != "none" for other, noise in groups):
             continue  # clean networks stand beside the noisy ones, as rate 0
         networks = groups.get((data, "none"), {}) | own
         for name, embed in _embeddings(context.seed).items():

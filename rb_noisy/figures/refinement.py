@@ -83,8 +83,8 @@ def label_assignment(context: Context) -> list[Drawing]:
         if len(targets) < 2:
             continue
         for rate in group.rates:
-            chosen = [line for line in lines if line.rate == rate][:6]
-            if len(chosen) < 2:
+            chosen = [line for line in lines if line.rate == rate]
+            if not chosen:
                 continue
             heading = f"PGD-{group.recipe.track_steps} accuracy by label assignment: {group.title}, noise rate {rate}"
             figure, axes = sheet(1, len(chosen), heading)
@@ -103,7 +103,7 @@ def label_assignment(context: Context) -> list[Drawing]:
                 percent_axis(axis, "PGD accuracy in %")
                 epochs_axis(axis, group.epochs)
             legend(figure, axes.flat)
-            drawings.append(Drawing(f"label-assignment_{group.file_part}-{rate}", figure, rows))
+            drawings.append(Drawing(f"label-assignment_{group.name}-{rate}", figure, rows))
     if not drawings:
         raise NotDrawn(
             "the runs given do not attack by at least two label assignments on the same data",
@@ -159,7 +159,7 @@ def memorisation(context: Context) -> list[Drawing]:
     drawings = []
     for group in grouped(context.sources):
         for rate in (rate for rate in group.rates if rate != "0"):
-            lines = [line for line in group.lines if line.rate == rate][:6]
+            lines = [line for line in group.lines if line.rate == rate]
             heading = f"Natural accuracy: {group.title}, noise rate {rate}"
             figure, axes = sheet(1, len(lines), heading)
             rows: list[dict[str, Any]] = []
@@ -189,7 +189,7 @@ def memorisation(context: Context) -> list[Drawing]:
                 percent_axis(axis, "accuracy in %")
                 epochs_axis(axis, group.epochs)
             legend(figure, axes.flat)
-            drawings.append(Drawing(f"memorisation_{group.file_part}-{rate}", figure, rows))
+            drawings.append(Drawing(f"memorisation_{group.name}-{rate}", figure, rows))
     if not drawings:
         raise NotDrawn(
             "the runs given have no label noise",

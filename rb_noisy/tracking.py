@@ -70,7 +70,8 @@ class Tracker:
         * mean entropy (nats, 0..log K) of the prediction at a random point of the ε-ball (the start of the PGD) and one
           step from it ([NL] Figures 2 and 12: 100 points around each sample there, one around each of many here);
         * on training data `slope_squared`, the mean over samples of (Δwᵀ∇ℓ)² on the PGD's x̃, see
-          `rb_noisy.analysis.information_in_weights`. It takes one further pass; all else comes of the PGD's own.
+          `rb_noisy.analysis.information_in_weights`; None for a network without forward-mode derivatives. It takes one
+          further pass; all else comes of the PGD's own.
         """
         recipe, metrics = self.recipe, {}
         for name, (x, y) in self.sets.items():
@@ -104,9 +105,15 @@ class Tracker:
                 sums[4] += entropy(iterates[0]).sum().item()
                 sums[5] += entropy(iterates[min(1, len(iterates) - 1)]).sum().item()
                 if slopes is not None:
-                    slopes.append(loss_slopes(model, self.start, attack.x_adv, yb).double())
+                    try:
+                        slopes.append(loss_slopes(model, self.start, attack.x_adv, yb).double())
+                    except (RuntimeError, NotImplementedError):
+                        # An operation without a forward-mode derivative; a run must not end for want of a figure.
+                        slopes = self.start = None
                 confidences += torch.cat([_confidences(logits, yb), _confidences(iterates[-1], yb)])
             metrics |= {f"{name}_{m}": v for m, v in zip(MEASURES, (sums / len(x)).tolist(), strict=True)}
+            if name.startswith("train_"):
+                metrics[f"{name}_slope_squared"] = None
             if slopes is not None:
                 metrics[f"{name}_slope_squared"] = torch.cat(slopes).square().mean().item()
             for measure, (total, count) in zip(CONFIDENCES, confidences.tolist(), strict=True):

@@ -151,6 +151,22 @@ def test_tracked_confidence_and_entropy_are_those_of_the_saved_network(runs):
         assert last[f"test_entropy_{name}"] == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-4)
 
 
+def test_a_network_without_forward_mode_derivatives_is_tracked_but_for_the_information_in_weights(runs, monkeypatch):
+    from rb_noisy import tracking
+    from rb_noisy.training import _seed
+
+    def refuse(*_):
+        raise NotImplementedError("no forward-mode derivative")
+
+    run = Run.open(runs / "pgd-at")
+    tracker = tracking.Tracker(run.recipe, *training_set(run.recipe), _seed)
+    tracker.start = dict(run.load().named_parameters())
+    monkeypatch.setattr(tracking, "loss_slopes", refuse)
+    line = tracker.measure(run.load(), 1, torch.device("cpu"))
+    assert line["train_correct_slope_squared"] is line["train_incorrect_slope_squared"] is None
+    assert line["test_pgd_acc"] == run.metrics[-1]["test_pgd_acc"]
+
+
 def test_kappa_figures_hold_what_the_network_and_the_history_say(runs, small, no_pictures, tmp_path):
     names = "kappa-against-loss,densities,gallery,accuracy-by-kappa"
     assert call(runs / "pgd-at", "--out", tmp_path, "--figure", names).exit_code == 0

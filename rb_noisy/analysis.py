@@ -184,7 +184,8 @@ def information_in_weights(slopes_squared: float | Tensor, n: int) -> float:
     distributions as Gaussians with one covariance; that covariance by the inverse of the empirical Fisher information
     at w (Wang et al.'s bootstrap argument); w₀, the mean of the prior, by the initial weights; the mean over the
     training set by one over the samples given. Weight decay and BatchNorm's statistics are not accounted for. Take it
-    as a curve, not as a number of nats.
+    as a curve, not as a number of nats. The code of Wang et al. has another scale: for each layer's weights the square
+    of Δwᵀ times a mean of batch gradients, without ½ and n, so that gradients of opposite directions cancel.
 
     Args:
         slopes_squared: mean of the squares of `loss_slopes`, or the squares themselves, (N,).

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -345,13 +345,23 @@ def leaderboard(
     zoo: ZooOption = None,
     format: str = typer.Option("terminal", help=f"One of {', '.join(FORMATS)}."),
     highlight: str | None = typer.Option(None, help="A zoo model to mark, and to say where it stands."),
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page for the web to this file instead of printing.")
+    ] = None,
 ) -> None:
     """The zoo's models and the published figures in one ranked table."""
     with user_errors():
         if format not in FORMATS:
             raise unknown_name("format", format, FORMATS)
-        rows = leaderboard_rows(read_cards(zoo), published_rows(), dataset, noise)
+        cards = read_cards(zoo)
+        rows = leaderboard_rows(cards, published_rows(), dataset, noise)
         sentence = standing(rows, highlight) if highlight else None
+        if html is not None:
+            from eval.page import write_page  # which reads this module
+
+            write_page(html, rows, cards, zoo, highlight)
+            console.print(f"{html}: {len(rows)} models", soft_wrap=True)
+            return
     if format == "terminal":
         for table in render_terminal(rows, highlight):
             console.print(table)

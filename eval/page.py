@@ -39,15 +39,16 @@ _TRACKED, _KAPPA = "tracked in training", "κ-calibration, PGD-20 inputs"
 COLUMNS = (
     Column("rank", "#", "Rank by AutoAttack among models of the same data set, noise and threat"),
     Column("name", "Model", "Opens the card", number=False),
+    Column("origin", "Origin", "Measured here or copied from its source", number=False),
     Column("dataset", "Data set", "Trained and tested on", number=False),
     Column("noise", "Label noise", "In the training labels", number=False),
+    Column("natural", "Natural", "Accuracy without an attack, %", "descending"),
+    Column("pgd20", "PGD-20", "Accuracy under PGD-20, final iterate, %", "descending"),
+    Column("autoattack", "AutoAttack", "Accuracy under AutoAttack, %", "descending"),
     Column("threat", "Threat", "Threat model and ε of the attacks", number=False),
     Column("method", "Method", "How it was trained", number=False),
     Column("backbone", "Backbone", "Network", number=False),
     Column("checkpoint", "Weights", "Of the best epoch or the final one", number=False),
-    Column("natural", "Natural", "Accuracy without an attack, %", "descending"),
-    Column("pgd20", "PGD-20", "Accuracy under PGD-20, final iterate, %", "descending"),
-    Column("autoattack", "AutoAttack", "Accuracy under AutoAttack, %", "descending"),
     Column("best", "best", "Highest over the epochs, %", "descending", over=_TRACKED),
     Column("final", "final", "After the last epoch, %", "descending", over=_TRACKED),
     Column("diff", "diff", "Best less final, points", over=_TRACKED),
@@ -56,7 +57,6 @@ COLUMNS = (
     Column("ece_kappa", "ECE κ", "Of isotonic regression on κ; 0 is perfect", over=_KAPPA),
     Column("auroc_kappa", "AUROC κ", "κ of right against wrong predictions; 1 is perfect", "descending", over=_KAPPA),
     Column("aurc_kappa", "AURC κ", "Errors left as κ sets aside the suspicious; 0 is perfect", over=_KAPPA),
-    Column("origin", "Origin", "Measured here or copied from its source", number=False),
 )
 FIGURE_HEAD = ("Figure", "Accuracy, %", "95% interval", "Data", "Split", "n", "Seed", "ε", "α", "Steps", "Date")
 FIGURE_NAMES = {"final_iterate": "final iterate", "any_iterate": "any iterate", "pgd-20": "on PGD-20 inputs"}
@@ -109,7 +109,7 @@ def page(
         columns=COLUMNS,
         heads=_heads(),
         filters=_filters(entries),
-        datasets=[dataset_title(name) for name in sorted({row.dataset for row in rows})],
+        datasets=[(name, dataset_title(name)) for name in sorted({row.dataset for row in rows})],
         figure_head=FIGURE_HEAD,
         zip=zip,
     )

@@ -11,7 +11,7 @@ CURVES = {
     "temperature": ("temperature", "s0", "square"),
     "isotonic_kappa": ("isotonic on κ", "s2", "triangle"),
 }
-LEFT, RIGHT = 44, 330
+LEFT, RIGHT = 52, 330
 
 
 def reliability(part: dict[str, Any], inputs: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@
   const heads = all("#board th[data-key]");
   const filters = all("select[data-filter]");
   const dialogs = all("dialog");
-  const datasets = [...new Set(rows.map((row) => row.dataset.dataset))].sort();
+  const datasets = all("#legend [data-dataset]").map((item) => item.dataset.dataset);
   const scatter = one("#scatter");
   const tip = one("#tip");
   let shown = rows;
@@ -101,12 +101,12 @@
     return made;
   }
 
-  function axis(values, length) {
+  function axis(values, length, apart) {
     const low = Math.min(...values);
     const high = Math.max(...values);
     const room = Math.max(1, (high - low) * 0.06);
     const [from, to] = [Math.max(0, low - room), Math.min(100, high + room)];
-    const step = [1, 2, 5, 10, 20, 50].find((size) => ((to - from) / size) * 45 <= length) ?? 100;
+    const step = [1, 2, 5, 10, 20, 50].find((size) => ((to - from) / size) * apart <= length) ?? 100;
     const ticks = [];
     for (let tick = Math.ceil(from / step) * step; tick <= to; tick += step) ticks.push(tick);
     return { at: (value) => ((value - from) / (to - from)) * length, ticks };
@@ -123,6 +123,7 @@
     const focused = document.activeElement?.dataset?.point;
     scatter.replaceChildren();
     tip.hidden = true;
+    for (const item of all("#legend [data-dataset]")) item.hidden = !shown.some((row) => row.dataset.dataset === item.dataset.dataset);
     const drawn = shown.filter((row) => row.dataset.natural && row.dataset.robust);
     const absent = shown.length - drawn.length;
     one("#absent").textContent = absent ? `${absent} of the models shown have no figure for one of the two and are not drawn.` : "";
@@ -134,8 +135,8 @@
     const height = Math.round(Math.min(420, Math.max(260, width * 0.5)));
     const [left, right, top, bottom] = [48, 14, 10, 44];
     const ends = (row) => [row.dataset.robust, row.dataset.low || row.dataset.robust, row.dataset.high || row.dataset.robust].map(Number);
-    const across = axis(drawn.map((row) => Number(row.dataset.natural)), width - left - right);
-    const up = axis(drawn.flatMap(ends), height - top - bottom);
+    const across = axis(drawn.map((row) => Number(row.dataset.natural)), width - left - right, 60);
+    const up = axis(drawn.flatMap(ends), height - top - bottom, 36);
     const x = (value) => left + across.at(value);
     const y = (value) => height - bottom - up.at(value);
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}` }, scatter);

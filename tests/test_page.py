@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -16,15 +15,19 @@ from eval.page import page, train_command
 from model_zoo.registry import read_cards
 from rb_noisy.commands.settings import parse_settings
 from rb_noisy.recipes import Recipe
-
-HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'>\"&"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on the PATH")
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
+from tests.browser import (
+    ENTER,
+    ESCAPE,
+    HOSTILE,
+    RIGHT,
+    assert_quiet,
+    assert_readable,
+    needs_browser,
+    open_browser,
+    press,
 )
+from tests.browser import show as show_in
+
 CARDS = read_cards()
 
 
@@ -85,16 +88,8 @@ def test_the_command_writes_the_page(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +102,7 @@ def address(html, tmp_path_factory):
 @pytest.fixture
 def show(browser, address):
     def open_page(state="", width=1280, scheme="light"):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        browser.get("about:blank")
-        browser.get(f"{address}{state}")
-        return browser
+        return show_in(browser, f"{address}{state}", width, scheme)
 
     return open_page
 
@@ -125,12 +114,6 @@ def column(browser, key):
     return browser.execute_script(script, key)
 
 
-def press(browser, *keys):
-    from selenium.webdriver import ActionChains
-
-    ActionChains(browser).send_keys(*keys).perform()
-
-
 @needs_browser
 def test_columns_sort_by_click_and_by_keyboard_with_what_is_missing_last(show):
     browser = show()
@@ -140,7 +123,7 @@ def test_columns_sort_by_click_and_by_keyboard_with_what_is_missing_last(show):
     known = [float(value) for value in values if value]
     assert known == sorted(known, reverse=True)
     assert not any(values[len(known) :])
-    press(browser, "\ue007")
+    press(browser, ENTER)
     values = column(browser, "autoattack")
     assert [float(value) for value in values[: len(known)]] == sorted(known)
     head = browser.find_element("css selector", "th[data-key=autoattack]")
@@ -167,31 +150,25 @@ def test_a_card_opens_by_click_by_link_and_from_the_scatter_and_closes_by_escape
     opened = "return document.querySelector('dialog[open] h2')?.textContent ?? null"
     assert browser.execute_script(opened) == "sglr_digits"
     assert browser.find_elements("css selector", "dialog[open] svg[role=img]")[0].is_displayed()
-    press(browser, "\ue00c")
+    press(browser, ESCAPE)
     assert browser.execute_script(opened) is None
     assert "card=" not in browser.current_url
     browser.find_element("css selector", "#board tbody .name button").click()
     assert browser.execute_script(opened)
-    press(browser, "\ue00c")
+    press(browser, ESCAPE)
     browser.execute_script("document.querySelector('#scatter .point[tabindex=\"0\"]').focus()")
-    press(browser, "\ue014")
+    press(browser, RIGHT)
     tip = browser.find_element("id", "tip")
     assert tip.is_displayed()
     assert "AutoAttack" in tip.text
-    press(browser, "\ue007")
+    press(browser, ENTER)
     assert browser.execute_script(opened) == tip.get_attribute("textContent").split(",")[0]
 
 
 @needs_browser
 def test_no_error_no_request_and_no_hostile_script(browser, show):
-    browser.get_log("performance")  # the browser's own start page
-    show()
-    assert browser.execute_script("return window.hacked ?? null") is None
+    assert_quiet(browser, show)
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert [line for line in browser.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
-    sent = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    assert [url for url in urls if not url.startswith(("file:", "about:", "data:"))] == []
 
 
 @needs_browser
@@ -203,25 +180,8 @@ def test_a_phone_never_scrolls_sideways(show, state):
     assert browser.execute_script(wide) == 0
 
 
-def contrast(first, second):
-    def luminance(colour):
-        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @needs_browser
 def test_text_is_readable_in_light_and_in_dark(show):
-    script = """const parts = ['body', '.muted', '#board small', '#board .name button', '#board thead button'];
-    return parts.map(s => {
-      let e = document.querySelector(s); const text = getComputedStyle(e).color;
-      while (e.parentElement && getComputedStyle(e).backgroundColor === 'rgba(0, 0, 0, 0)') e = e.parentElement;
-      return [s, text, getComputedStyle(e).backgroundColor]})"""
-    seen = {scheme: show(scheme=scheme).execute_script(script) for scheme in ("light", "dark")}
-    for colours in seen.values():
-        for selector, text, ground in colours:
-            assert contrast(text, ground) >= 4.5, (selector, text, ground)
+    parts = ["body", ".muted", "#board small", "#board .name button", "#board thead button"]
+    seen = {scheme: assert_readable(show(scheme=scheme), parts) for scheme in ("light", "dark")}
     assert seen["light"][0][2] != seen["dark"][0][2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rb_noisy.data import Dataset, load_data
+from rb_noisy.data import Dataset, class_folders, image_files, load_data, local_path
 from rb_noisy.errors import InputError
 from rb_noisy.noise import NoisyLabels, corrupt
 from rb_noisy.recipes import Recipe
@@ -40,3 +40,17 @@ def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
         images=data.x_train,
         **recipe.noise_options,
     )
+
+
+def training_files(data: str, data_root: str | Path | None = None) -> tuple[Path, list[str]] | None:
+    """The folder of an image folder's training images, and their names in it, in the order of the samples.
+
+    None for other data than `imagefolder:DIR`. The names are posix paths, CLASS/…
+    """
+    kind, _, place = data.partition(":")
+    if kind != "imagefolder":
+        return None
+    folder = local_path(place, data_root) / "train"
+    return folder, [
+        file.relative_to(folder).as_posix() for group in class_folders(folder) for file in image_files(group)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rb_noisy.recipes import Recipe
     from rb_noisy.runs import Run
 
-LARGEST_SHEET = 1000
+SHEET, PAGE, LARGEST = 64, 500, 1000  # images of the contact sheet and of the page, and at most of either
 
 
 def label_issues(
@@ -32,7 +33,13 @@ def label_issues(
     score: Annotated[
         str, typer.Option(help="joint, kappa or loss; with --folds also self-confidence or cleanlab.")
     ] = "joint",
-    top: Annotated[int, typer.Option(help="How many of the worst images the contact sheet shows.")] = 64,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write label_issues.html, a page to look through and correct labels.")
+    ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option(help=f"How many of the worst images are shown. Default: {SHEET}, in the page {PAGE}."),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="How to train. Default: pgd-at.")] = None,
     noise: Annotated[
         str | None, typer.Option(help="For experiments: corrupt the labels first. Default: the labels as given.")
@@ -54,8 +61,8 @@ def label_issues(
     named = {"data": data, "method": method, "noise": noise, "noise_rate": noise_rate, "epochs": epochs}
     with user_errors():
         values = {k: v for k, v in named.items() if v is not None} | parse_settings(settings or [])
-        if not 1 <= top <= LARGEST_SHEET:
-            raise InputError(f"--top is {top}; give 1 to {LARGEST_SHEET}")
+        if top is not None and not 1 <= top <= LARGEST:
+            raise InputError(f"--top is {top}; give 1 to {LARGEST}")
         if folds < 0 or folds == 1:
             raise InputError(f"--folds is {folds}; give 0 for one run's history, or 2 and more, usually 3 or 5")
         check_score(score, out_of_fold=folds > 0)
@@ -71,7 +78,7 @@ def label_issues(
                 )
             source = _judge(recipe, folds, out, data_root)
         issues = find_label_issues(source, score=score, data_root=data_root)
-        _write(issues, recipe, score, top, out, data_root)
+        _write(issues, recipe, score, top, html, out, data_root)
 
 
 def _given_run(path: Path, values: dict[str, Any], folds: int) -> Run:
@@ -106,23 +113,42 @@ def _judge(recipe: Recipe, folds: int, out: Path, data_root: Path | None) -> Run
     return found
 
 
-def _write(issues: LabelIssues, recipe: Recipe, score: str, top: int, out: Path, data_root: Path | None) -> None:
+def _write(
+    issues: LabelIssues, recipe: Recipe, score: str, top: int | None, html: bool, out: Path, data_root: Path | None
+) -> None:
     from rb_noisy.contact_sheet import contact_sheet
     from rb_noisy.data import load_data
+    from rb_noisy.gallery import write_gallery
+    from rb_noisy.training_data import training_files
 
-    files = _image_names(recipe.data, data_root)
-    issues.to_csv(out / "label_issues.csv", files)
-    worst = issues.index[:top]
-    images = load_data(recipe.data, data_root).x_train[worst]
+    folder, files = training_files(recipe.data, data_root) or (None, None)
+    issues.to_csv(out / "label_issues.csv", files and [str(folder / file) for file in files])
+    images = load_data(recipe.data, data_root).x_train
+    name = Path(recipe.data).name
+    worst = issues.index[: top or SHEET]
     captions = [
         f"#{index}  κ {kappa:.1f}\n{_short(issues, given)} → {_short(issues, suggested)}"
         for index, kappa, given, suggested in zip(
             worst.tolist(), *(t.tolist() for t in (issues.kappa, issues.given, issues.suggested)), strict=False
         )
     ]
-    title = f"{Path(recipe.data).name}: the {len(worst)} most suspicious of {len(issues.index)} labels, by {score}"
-    contact_sheet(images, captions, out / "label_issues.png", title)
+    title = f"{name}: the {len(worst)} most suspicious of {len(issues.index)} labels, by {score}"
+    contact_sheet(images[worst], captions, out / "label_issues.png", title)
+    if html:
+        page = {"top": top or PAGE, "score": score, "files": files, "command": _way_back(recipe)}
+        write_gallery(out / "label_issues.html", issues, images, name, **page)
     _show(issues, out)
+    if html:
+        console.print(f"to look through and correct them: {out / 'label_issues.html'}", soft_wrap=True)
+
+
+def _way_back(recipe: Recipe) -> str | None:
+    """The command that takes the page's corrections; None where a recipe's own noise made the labels it shows."""
+    if recipe.noise != "none":
+        return None
+    return shlex.join(
+        ["rb-noisy", "apply-corrections", "--data", recipe.data, "corrections.csv", "--out", "corrected.npz"]
+    )
 
 
 def _show(issues: LabelIssues, out: Path) -> None:
@@ -140,13 +166,3 @@ def _show(issues: LabelIssues, out: Path) -> None:
 def _short(issues: LabelIssues, label: int, length: int = 11) -> str:
     name = issues.class_names[label]
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _image_names(data: str, root: Path | None) -> list[str] | None:
-    """The training files of an image folder, in the order of its samples; None for other data."""
-    from rb_noisy.data import class_folders, image_files, local_path
-
-    kind, _, folder = data.partition(":")
-    if kind != "imagefolder":
-        return None
-    return [str(file) for group in class_folders(local_path(folder, root) / "train") for file in image_files(group)]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rb_noisy.commands.annotate import annotate
 from rb_noisy.commands.figures import figures
+from rb_noisy.commands.corrections import apply_corrections
 from rb_noisy.commands.label_issues import label_issues
 from rb_noisy.commands.settings import parse_settings
 from rb_noisy.commands.sweep import sweep
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.command("sweep")(sweep)
 app.command("label-issues")(label_issues)
+app.command("apply-corrections")(apply_corrections)
 app.command("annotate")(annotate)
 app.command("figures")(figures)
 

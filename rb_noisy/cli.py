@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from rb_noisy.commands.annotate import annotate
-from rb_noisy.commands.figures import figures
 from rb_noisy.commands.corrections import apply_corrections
+from rb_noisy.commands.figures import figures
 from rb_noisy.commands.label_issues import label_issues
 from rb_noisy.commands.settings import parse_settings
 from rb_noisy.commands.sweep import sweep

@@ -22,19 +22,11 @@ from eval.leaderboard import FORMATS, MISSING, latex, latex_line, markdown_line
 from model_zoo.registry import eps_label
 from rb_noisy.annotation import Answers, accuracy_by_share, annotate, kept_accuracy
 from rb_noisy.attacks import pgd
-from rb_noisy.calibration import BLUE, ORANGE, VERMILLION
 from rb_noisy.console import errors
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.figures.annotators import ANNOTATORS, STEPS, shares_figure
 from rb_noisy.files import atomic_path, write_json
 
-# Name, and colour, line and marker: [NL]'s colours from a palette that everybody can tell apart (Okabe & Ito 2008).
-ANNOTATORS = {
-    "standard": ("standard, clean labels", BLUE, "-", "o"),
-    "oracle": ("PGD-based, clean labels (oracle)", "black", "--", "s"),
-    "noisy": ("PGD-based, noisy labels", ORANGE, "-", "^"),
-    "robust": ("robust annotator, noisy labels", VERMILLION, "-", "D"),
-}
-STEPS = 20  # with α = ε/4 [NL App. E.1]
 KAPPA_STEPS = 10
 KEPT_AT = (0.0, 0.5, 1.0)
 """Shares under attack for which the accuracy of the labels that are kept is shown."""
@@ -209,26 +201,8 @@ def plot(figures: dict[str, Any], out: Path) -> None:
         f"{figures['dataset']} test set, {figures['n']} images, {figures['norm']} ε = {eps_label(figures['eps'])}, "
         f"PGD-{STEPS} with each annotator's own gradients"
     )
-    zoom = [key for key in annotators if key != "standard"]
-    panels = [list(annotators)] + ([zoom] if 0 < len(zoom) < len(annotators) else [])
-    figure = Figure(figsize=(5.5 * len(panels), 5), dpi=150, layout="constrained")
-    figure.suptitle(f"Accuracy of the labels assigned (band: 95% interval)\n{heading}", fontsize=11, parse_math=False)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, keys in zip(axes, panels, strict=True):
-        for key in keys:
-            name, colour, line, marker = ANNOTATORS[key]
-            points = annotators[key]["accuracy"]
-            shares, right = [p["share"] for p in points], [100 * p["accuracy"] for p in points]
-            low, high = zip(*([100 * end for end in p["interval"]] for p in points), strict=True)
-            axis.plot(shares, right, color=colour, linestyle=line, marker=marker, markersize=5, label=name)
-            axis.fill_between(shares, low, high, color=colour, alpha=0.12, linewidth=0)
-        axis.set(xlabel="share of the unlabelled images under attack", ylabel="label accuracy (%)")
-    axes[0].set(ylim=(-3, 103), title="all annotators")
-    if len(panels) > 1:
-        right = [100 * point["accuracy"] for key in zoom for point in annotators[key]["accuracy"]]
-        # Fitted to the lines: an interval over two or three models can fill the panel.
-        axes[1].set(ylim=(min(right) - 6, max(right) + 3), title="without the standard annotator")
-    _save(figure, axes[0], out / "annotators.png")
+    lines = {key: part["accuracy"] for key, part in annotators.items()}
+    _save(shares_figure(lines, heading), out / "annotators.png")
 
     figure = Figure(figsize=(5 * len(KEPT_AT), 5), dpi=150, layout="constrained")
     title = "Accuracy of the labels that are kept: the most confident ones (line), or those with κ ≥ k (markers)"
@@ -246,11 +220,11 @@ def plot(figures: dict[str, Any], out: Path) -> None:
             axis.plot(kept, right, linestyle="", **look)
         axis.set(xlabel="share of the labels kept", title=f"{KEPT_AT[at]:.0%} of the images attacked")
     axes[0].set(ylabel="accuracy of the kept labels (%)", ylim=(-3, 103))
-    _save(figure, axes[0], out / "annotators-kept.png")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, out / "annotators-kept.png")
 
 
-def _save(figure: Any, axis: Any, file: Path) -> None:
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+def _save(figure: Any, file: Path) -> None:
     with atomic_path(file) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -6,7 +6,7 @@ What is decided leaves the batch, and the next sample takes its place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,12 @@ def kappa(
     attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
     with in_mode(model, "eval"):
         labels = _predictions(model, x, batch_size) if y is None else y
-        if definition == "first":
-            return _first_wrong(attack, x, labels, False, progress)
-        return _count_right(attack, x, labels, progress)
+        if definition == "count":
+            return _count_right(attack, x, labels, progress)
+        if steps == 0:
+            return torch.zeros_like(labels)
+        # x⁽ⁿ⁻¹⁾ is the last that counts, and no step is taken from it.
+        return _first_wrong(replace(attack, steps=steps - 1), x, labels, progress)
 
 
 def stands(
@@ -91,7 +94,7 @@ def stands(
     check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition="first")
     attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
     with in_mode(model, "eval"):
-        return _first_wrong(attack, x, y, True, progress) > steps
+        return _first_wrong(attack, x, y, progress) > steps
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,8 @@ class _Batch:
         return _Batch(*(torch.cat(parts) for parts in zip(*(vars(batch).values() for batch in batches), strict=True)))
 
 
-def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, last: bool, progress: Callable[[int], None] | None) -> Tensor:
-    """(N,) the first t in 0..n−1 (with `last` in 0..n) at which x⁽ᵗ⁾ is misclassified, one more where there is none."""
+def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+    """(N,) the first t in 0..n at which x⁽ᵗ⁾ is misclassified, n + 1 where there is none."""
     device = _device(attack.model, x)
     found = torch.full((len(x),), attack.steps, device=device)
 
@@ -159,11 +162,10 @@ def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, last: bool, progress: Ca
             batch.t, batch.x_adv = batch.t + 1, moved
             batch = batch[~wrong]
         finished = batch.t == attack.steps
-        if last:
-            at_end = _Batch.cat([at_end, batch[finished]])
-            if len(at_end) >= attack.batch_size:
-                classify(at_end)
-                at_end = at_end[:0]
+        at_end = _Batch.cat([at_end, batch[finished]])
+        if len(at_end) >= attack.batch_size:
+            classify(at_end)
+            at_end = at_end[:0]
         batch = batch[~finished]
         if progress is not None:
             progress(entered - len(batch) - reported)

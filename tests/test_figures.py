@@ -16,7 +16,8 @@ import model_zoo
 from rb_noisy.attacks import pgd
 from rb_noisy.cli import app
 from rb_noisy.commands.figures import NAMES
-from rb_noisy.figures import FIGURES, base, kappa, networks, toy
+from rb_noisy.data import load_data
+from rb_noisy.figures import FIGURES, Context, NotDrawn, Source, base, kappa, networks, toy
 from rb_noisy.geometry import kappa as measure_kappa
 from rb_noisy.runs import Run
 from rb_noisy.training import train
@@ -77,7 +78,7 @@ def test_every_figure_of_both_papers_is_drawn_or_refused_with_its_reason(runs, s
     assert done.exit_code == 0, done.output
     refused = [line for line in done.output.splitlines() if line.startswith("not drawn:")]
     assert [line.split()[2] for line in refused] == ["annotators", "label-assignment"]
-    assert "python -m eval.annotators" in refused[0]
+    assert "--grid nl-annotator" in refused[0]
     assert "at least two label assignments" in refused[1]
     drawn = {path.stem.partition("_")[0] for path in tmp_path.glob("*.png")} - {"features-umap"}
     several = {"kappa-against-loss-pgd", "features-t-sne"}
@@ -290,13 +291,31 @@ def test_bad_requests_end_in_one_clear_line_and_leave_nothing(arguments, words, 
 
 def test_the_help_names_every_figure_and_its_number_in_the_papers():
     for name, figure in FIGURES.items():
-        if name != "annotators":
-            assert f"{name} ({figure.papers}" in NAMES
+        assert f"{name} ({figure.papers}" in NAMES
+
+
+def test_annotators_are_compared_by_what_they_were_trained_on(runs):
+    noisy, clean = (Source.from_run(Run.open(runs / name)) for name in ("pgd-at", "clean"))
+
+    def trained_by(source, method):
+        return dataclasses.replace(source, recipe=dataclasses.replace(source.recipe, method=method))
+
+    sources = [noisy, trained_by(noisy, "pgd-at+annotator"), trained_by(clean, "st"), clean]
+    (drawing,) = FIGURES["annotators"].draw(Context(sources, seed=3))
+    data, recipe = load_data(clean.recipe.data), clean.recipe
+    attack = pgd(clean.load(), data.x_test, data.y_test, eps=recipe.eps, alpha=recipe.eps / 4, steps=20, seed=3)
+    with torch.no_grad():
+        right = [(clean.load()(x).argmax(1) == data.y_test).double() for x in (data.x_test, attack.x_adv)]
+    for role in ("standard", "oracle"):
+        first, *_, last = (row for row in drawing.rows if row["annotator"] == role)
+        assert (first["share"], last["share"]) == (0, 1)
+        assert [first["accuracy"], last["accuracy"]] == pytest.approx([r.mean().item() for r in right])
+    with pytest.raises(NotDrawn, match=r"pgd-at\+annotator"):
+        FIGURES["annotators"].draw(Context(sources[1:]))
 
 
 def test_two_methods_of_one_name_are_told_apart(runs):
     """A temperature, say: the lines of a figure are by recipe, not by the name of the method."""
-    from rb_noisy.figures import Source
     from rb_noisy.figures.groups import grouped
 
     run = Run.open(runs / "pgd-at+ls")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 NAMES = (
     "toy (NL 1, 11; needs no run), learning-curves (NL 4, 15, 16, 19, 20), train-accuracy (NL 3, 13, 14, 18), "
     "kappa-over-epochs (NL 5, 21, 22), neighbourhood-entropy (NL 2, 12), densities (NL 7, 23, 24), "
-    "kappa-against-loss (NL 6, 27, 28), gallery (NL 8, 25, 26), accuracy-by-kappa (NL 10), loss-landscape (NL 17), "
+    "kappa-against-loss (NL 6, 27, 28), gallery (NL 8, 25, 26), annotators (NL 9), "
+    "accuracy-by-kappa (NL 10), loss-landscape (NL 17), "
     "gradient-norm (SGLR 1), label-assignment (SGLR 2), confidence (SGLR 3), memorisation (SGLR 4), features (SGLR 5)"
 )
 

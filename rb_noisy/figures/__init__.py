@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rb_noisy.errors import unknown_name
-from rb_noisy.figures import curves, kappa, networks, refinement, toy
+from rb_noisy.figures import annotators, curves, kappa, networks, refinement, toy
 from rb_noisy.figures.base import Context, Drawing, NotDrawn, Source
 
 __all__ = ["FIGURES", "Context", "Drawing", "NotDrawn", "Source", "draw"]
@@ -24,13 +24,6 @@ class Figure:
     draw: Callable[[Context], list[Drawing]]
 
 
-def _annotators(context: Context) -> list[Drawing]:
-    raise NotDrawn(
-        "it evaluates several annotators under attack, by a command of its own",
-        "python -m eval.annotators --standard NAME --oracle NAME --noisy NAME --robust RUN --out figure9",
-    )
-
-
 FIGURES: dict[str, Figure] = {
     "toy": Figure("NL 1, 11", toy.toy),
     "learning-curves": Figure("NL 4, 15, 16, 19, 20", curves.learning_curves),
@@ -41,7 +34,7 @@ FIGURES: dict[str, Figure] = {
     "kappa-against-loss": Figure("NL 6, 27, 28", kappa.kappa_against_loss),
     "gallery": Figure("NL 8, 25, 26", kappa.gallery),
     "accuracy-by-kappa": Figure("NL 10", kappa.accuracy_by_kappa),
-    "annotators": Figure("NL 9", _annotators),
+    "annotators": Figure("NL 9", annotators.annotators),
     "loss-landscape": Figure("NL 17", networks.loss_landscapes),
     "gradient-norm": Figure("SGLR 1", refinement.gradient_norm),
     "label-assignment": Figure("SGLR 2", refinement.label_assignment),

@@ -82,7 +82,7 @@ SUBJECTS = {
     "small": (lambda name: (small_model(), *small_data(small_model())), EPS),
     "at_digits": (of_the_zoo, {"Linf": 0.25, "L2": 0.9}),
     "trades_sglr_digits_sym40": (of_the_zoo, {"Linf": 0.2, "L2": 0.7}),
-    "preact_resnet18": (untrained, {"Linf": 0.02, "L2": 0.8}),
+    "preact_resnet18": (untrained, {"Linf": 0.015, "L2": 0.4}),
 }
 
 

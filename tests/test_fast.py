@@ -34,6 +34,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         options = {"batch_norm": True}
     shape = (1, 28, 28) if name in FIXED_SIZE else (3, 32, 32)
     mean, std = ([0.4] * shape[0], [0.25] * shape[0])
+    torch.manual_seed(1)
     model = build_backbone(name, num_classes=10, in_chans=shape[0], mean=mean, std=std, **options)
     return lived_in(model), torch.rand(5, *shape)
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import NORMS, pgd
+from rb_noisy.attacks import NORMS
 from rb_noisy.calibration import fit_isotonic
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import tensors_digest, write_json
-from rb_noisy.geometry import kappa
+from rb_noisy.geometry import device_of, kappa, stands
 from rb_noisy.measures import as_float64
 
 FEATURES = ("kappa", "max_softmax", "margin", "entropy")
@@ -308,7 +308,9 @@ def calibrate(
             )
         outcome, source = outcome & verdicts, "given verdicts"
     elif target == "robust":
-        outcome, source = outcome & _stands(model, x, y, eps, norm, seed, batch_size), "PGD-20, any iterate"
+        ball = {"eps": eps, "alpha": eps / 4, "steps": 20, "norm": norm}
+        standing = stands(model, x, y, seed=seed, batch_size=batch_size, **ball).cpu()
+        outcome, source = outcome & standing, "PGD-20, any iterate"
     calibrator = fit_calibrator(logits, values, outcome, features=features, method=method, kappa_steps=kappa_steps)
     counts = {"n": len(y), "positive": int(outcome.sum())}
     return Calibrated(model, calibrator, target, source, eps, norm, alpha, **counts, batch_size=batch_size)
@@ -325,24 +327,10 @@ def _measured(
     """Logits (N, K) and κ (N,) against the predicted label, on the CPU."""
     _check_mode(model)
     values = kappa(model, x, random_start=False, batch_size=batch_size, progress=progress, **attack)
-    device = _device(model, x)
+    device = device_of(model, x)
     with torch.no_grad():
         logits = [model(part.to(device)).cpu() for part in x.split(batch_size)]
     return torch.cat(logits), values.cpu()
-
-
-def _stands(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int, batch_size: int) -> Tensor:
-    """Which images (N,) no iterate of PGD-20 turned."""
-    generator, device = torch.Generator().manual_seed(seed), _device(model, x)
-    settings = {"eps": eps, "alpha": eps / 4, "steps": 20, "norm": norm, "evaluate_final": True}
-    stands = []
-    for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        stands.append(~pgd(model, xb.to(device), yb.to(device), generator=generator, **settings).broken.cpu())
-    return torch.cat(stands)
-
-
-def _device(model: nn.Module, x: Tensor) -> torch.device:
-    return next((p.device for p in model.parameters()), x.device)
 
 
 def _weights(model: nn.Module) -> str:

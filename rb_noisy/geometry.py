@@ -140,7 +140,7 @@ class _Batch:
 
 def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Tensor:
     """(N,) the first t in 0..n at which x⁽ᵗ⁾ is misclassified, n + 1 where there is none."""
-    device = _device(attack.model, x)
+    device = device_of(attack.model, x)
     found = torch.full((len(x),), attack.steps, device=device)
 
     def enter(first: int, count: int) -> _Batch:
@@ -179,7 +179,7 @@ def _first_wrong(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int]
 
 
 def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Tensor:
-    device = _device(attack.model, x)
+    device = device_of(attack.model, x)
     values = [torch.zeros(0, dtype=torch.int64, device=x.device)]
     for at in range(0, len(x), attack.batch_size):
         rows = slice(at, at + attack.batch_size)
@@ -195,13 +195,14 @@ def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int]
 
 
 def _predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    device = _device(model, x)
+    device = device_of(model, x)
     batches = (x[at : at + batch_size].to(device) for at in range(0, len(x), batch_size))
     predicted = [logits_of(model, batch).argmax(1).to(x.device) for batch in batches]
     return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *predicted])
 
 
-def _device(model: nn.Module, x: Tensor) -> torch.device:
+def device_of(model: nn.Module, x: Tensor) -> torch.device:
+    """Where the weights are; of a network without any, where x is."""
     return next((parameter.device for parameter in model.parameters()), x.device)
 
 

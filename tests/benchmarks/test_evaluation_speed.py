@@ -27,7 +27,7 @@ from rb_noisy.autoattack import run_autoattack
 from rb_noisy.data import load_data
 from rb_noisy.fast import fast_form
 from rb_noisy.geometry import kappa, stands
-from tests.benchmarks.measure import interleaved, profiled
+from tests.benchmarks.measure import interleaved, profiled, published_kappa
 from tests.conftest import threads
 from tests.test_autoattack import shorten
 
@@ -82,34 +82,14 @@ def batches(x, y, size=128):
     return zip(x.split(size), y.split(size), strict=True)
 
 
-def published_kappa(model: nn.Module, x, y, eps, alpha, steps):
-    """The counting loop of GAIRAT's code, for the first definition: a Python loop over samples after every step."""
-    found = []
-    for xb, yb in batches(x, y):
-        values, alive, x_adv = torch.zeros_like(yb), torch.ones_like(yb, dtype=torch.bool), xb.clone()
-        for _ in range(steps):
-            x_adv = x_adv.detach().requires_grad_()
-            model.zero_grad()
-            logits = model(x_adv)
-            predicted = logits.argmax(1)
-            for i in range(len(xb)):
-                if predicted[i] != yb[i]:
-                    alive[i] = False
-                elif alive[i]:
-                    values[i] += 1
-            F.cross_entropy(logits, yb).backward()
-            x_adv = x_adv.detach() + alpha * x_adv.grad.sign()
-            x_adv = torch.clamp(torch.min(torch.max(x_adv, xb - eps), xb + eps), 0, 1)
-        found.append(values)
-    return torch.cat(found)
-
-
 def test_kappa(subject, capsys):
     options = subject.ball | {"steps": 10}
     own = options | {"random_start": False, "batch_size": 128}
     contenders = {
-        "published loop": lambda: published_kappa(subject.model, subject.x, subject.y, **options),
-        "published loop, channels_last": lambda: published_kappa(subject.last, subject.x, subject.y, **options),
+        "published loop": lambda: published_kappa(subject.model, subject.x, subject.y, batch_size=128, **options),
+        "published loop, channels_last": lambda: published_kappa(
+            subject.last, subject.x, subject.y, batch_size=128, **options
+        ),
     }
     for name, form in subject.forms.items():
         contenders[f"ours, {name}"] = lambda form=form: kappa(form, subject.x, subject.y, **own)

@@ -17,6 +17,7 @@ from rb_noisy.data import load_data
 from rb_noisy.geometry import kappa
 from rb_noisy.recipes import Recipe
 from rb_noisy.training import _Trainer
+from tests.benchmarks.measure import published_kappa
 
 EPS, ALPHA = 0.2, 0.05
 rounds = {"rounds": 5, "warmup_rounds": 1}
@@ -39,31 +40,12 @@ def published_pgd(model, x, y, steps):
     return x_adv
 
 
-def published_kappa(model, x, y, steps):
-    """The counting loop of GAIRAT's code, for the first definition: a Python loop over samples after every step."""
-    values, alive, x_adv = torch.zeros_like(y), torch.ones_like(y, dtype=torch.bool), x.clone()
-    for _ in range(steps):
-        x_adv = x_adv.detach().requires_grad_()
-        model.zero_grad()
-        logits = model(x_adv)
-        predicted = logits.argmax(1)
-        for i in range(len(x)):
-            if predicted[i] != y[i]:
-                alive[i] = False
-            elif alive[i]:
-                values[i] += 1
-        F.cross_entropy(logits, y).backward()
-        x_adv = x_adv.detach() + ALPHA * x_adv.grad.sign()
-        x_adv = torch.clamp(torch.min(torch.max(x_adv, x - EPS), x + EPS), 0, 1)
-    return values
-
-
 def our_pgd(model, x, y, steps):
     return pgd(model, x, y, eps=EPS, alpha=ALPHA, steps=steps, random_start=False).x_adv
 
 
-def our_kappa(model, x, y, steps):
-    return kappa(model, x, y, eps=EPS, alpha=ALPHA, steps=steps, random_start=False)
+def our_kappa(model, x, y, **options):
+    return kappa(model, x, y, random_start=False, **options)
 
 
 @pytest.mark.benchmark(group="PGD-20 of 256 digits")
@@ -76,8 +58,9 @@ def test_pgd_20(attack, benchmark, subject):
 @pytest.mark.benchmark(group="κ from PGD-10 of 256 digits")
 @pytest.mark.parametrize("count", [published_kappa, our_kappa])
 def test_kappa(count, benchmark, subject):
-    values = benchmark.pedantic(count, (*subject, 10), **rounds)
-    assert values.tolist() == published_kappa(*subject, 10).tolist()
+    options = {"eps": EPS, "alpha": ALPHA, "steps": 10}
+    values = benchmark.pedantic(count, subject, options, **rounds)
+    assert values.tolist() == published_kappa(*subject, **options).tolist()
 
 
 @pytest.mark.benchmark(group="one training step on 128 digits")

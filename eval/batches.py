@@ -16,7 +16,7 @@ from torch import Tensor
 from eval.common import Subject, progress_bar
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
-from rb_noisy.processes import Processes, own_file, state_files
+from rb_noisy.processes import Processes, forget_state, own_file, state_files
 
 Measured = dict[str, Tensor]
 """Per-sample tensors by name."""
@@ -63,8 +63,7 @@ def in_batches(
             bar.update(task, advance=len(x) * processes.count)
     measured = _of_all(parts, total, batch_size, processes)
     if processes.main:
-        for state in state_files(file):
-            state.unlink(missing_ok=True)
+        forget_state(file)
     return measured
 
 

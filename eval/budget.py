@@ -16,7 +16,7 @@ from eval import common
 from rb_noisy.autoattack import AutoAttackResult
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
-from rb_noisy.processes import state_files
+from rb_noisy.processes import forget_state
 
 FIRST = 16  # images of the first part, from which the time that one takes is known
 
@@ -72,8 +72,7 @@ def attack_for(
         warnings, size = list(dict.fromkeys([*warnings, *result.warnings])), 0
         _write(file, about, broken_by, size, warnings, subject)
         if processes.main:
-            for state in state_files(part_file):
-                state.unlink()
+            forget_state(part_file)
         processes.wait()
     return order[: len(broken_by)], broken_by, warnings
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from rb_noisy.files import left_by_killed
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -64,6 +66,13 @@ def state_files(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     shared = path.parent.glob(f"{glob.escape(path.stem)}.*of*{path.suffix}")
     return [file for file in (path, *sorted(shared)) if file.exists()]
+
+
+def forget_state(path: str | os.PathLike) -> None:
+    """Remove `path`, all its parts, and what processes that were killed while they wrote them left."""
+    path = Path(path)
+    for file in (*state_files(path), *left_by_killed(path)):
+        file.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -57,6 +57,7 @@ class FastForm(nn.Module):
         self.form, self.half, self.multiple = form, half, _MULTIPLE if compiled else 1
         self.call = torch.compile(form, dynamic=True) if compiled else form
         self.update(model)
+        self.eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

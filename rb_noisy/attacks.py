@@ -40,9 +40,13 @@ def _kl(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
 
 def _margin(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
     """max over other classes of z_j − z_y (Carlini & Wagner 2017)."""
+    return -margin_of(logits, y).sum()
+
+
+def margin_of(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) z_y less the greatest other logit: below 0 where the prediction is not y."""
     true = logits.gather(1, y[:, None]).squeeze(1)
-    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return (other - true).sum()
+    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 ATTACK_LOSSES: dict[str, AttackLoss] = {"ce": _cross_entropy, "kl": _kl, "margin": _margin}
@@ -132,8 +136,8 @@ def pgd(
         natural = logits_of(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
         x_adv, predictions = start, []
         for _ in range(steps):
-            x_adv, prediction = pgd_step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
-            predictions.append(prediction)
+            x_adv, logits = pgd_step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
+            predictions.append(logits.argmax(1))
         correct = [prediction == judged for prediction in predictions]
         kappa_values = kappa_of(correct, y, definition)
         at_start = predictions[0] if predictions else None
@@ -163,23 +167,38 @@ def pgd_step(
     norm: Norm,
     project: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One iterate on, and the predicted class of the iterate that was left."""
-    x_adv = x_adv.detach().requires_grad_()
+    """One iterate on, and the logits (N, K) of the iterate that was left."""
+    gradient, logits = gradient_of(model, x_adv, y, natural, attack_loss)
+    return moved(x_adv, x, gradient, eps, alpha, norm, project), logits
+
+
+def gradient_of(
+    model: nn.Module, x: Tensor, y: Tensor, natural: Tensor, attack_loss: AttackLoss
+) -> tuple[Tensor, Tensor]:
+    """Of the attack's loss with respect to x, shaped like it, and the logits (N, K)."""
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x_adv)
+        logits = model(x)
         # Only the input's gradient: autograd then skips the weight gradients altogether.
-        (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x_adv)
+        (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x)
+    return gradient, logits.detach()
+
+
+def moved(
+    x_adv: Tensor, x: Tensor, gradient: Tensor, eps: float, alpha: float, norm: str, project: bool = True
+) -> Tensor:
+    """x_adv a step of α along the gradient, back in the ε-ball around x (if `project`) and in [0, 1]."""
     x_adv = x_adv.detach()
     if norm == "Linf":
-        moved = x_adv + alpha * gradient.sign()
+        further = x_adv + alpha * gradient.sign()
         if project:
-            moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+            further = torch.minimum(torch.maximum(further, x - eps), x + eps)
     else:
-        moved = x_adv + alpha * gradient / _l2(gradient).clamp_min(1e-12)
+        further = x_adv + alpha * gradient / _l2(gradient).clamp_min(1e-12)
         if project:
-            delta = moved - x
-            moved = x + delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1.0)
-    return moved.clamp(0.0, 1.0), logits.detach().argmax(1)
+            delta = further - x
+            further = x + delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1.0)
+    return further.clamp(0.0, 1.0)
 
 
 def start_of(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import rb_noisy
-from rb_noisy.attacks import pgd
-from rb_noisy.geometry import kappa, stands
+from rb_noisy.attacks import ATTACK_LOSSES, pgd, pgd_step
+from rb_noisy.errors import InputError
+from rb_noisy.geometry import kappa, resistance, stands
 
 ATTACK = {"eps": 0.2, "alpha": 0.05, "steps": 6, "seed": 4}
 
@@ -68,3 +69,54 @@ def test_no_steps():
     attack = {"eps": 0.2, "alpha": 0.05, "steps": 0, "random_start": False}
     assert stands(model, x, y, **attack).tolist() == [False] + [True] * 8
     assert kappa(model, x, y, **attack).tolist() == [0] * 9
+
+
+def literal_resistance(model, x, y, loss, eps, alpha, steps):
+    """Sample by sample: the first misclassified iterate and the least margin until then."""
+    values, margins = [], []
+    for i in range(len(x)):
+        image, label, least, count = x[i : i + 1], y[i : i + 1], torch.inf, steps
+        x_adv = image.clone()
+        for t in range(steps):
+            x_adv, logits = pgd_step(model, x_adv, image, label, x.new_empty(0), loss(i), eps, alpha, "Linf")
+            others = [z for k, z in enumerate(logits[0].tolist()) if k != label.item()]
+            least = min(least, logits[0, label].item() - max(others))
+            if logits.argmax(1) != label:
+                count = t
+                break
+        values.append(count)
+        margins.append(least)
+    return torch.tensor(values), torch.tensor(margins)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("batch_size", [7, 60])
+def test_the_margin_is_the_least_on_the_way(trained, batch_size, targeted):
+    model, x, _ = trained
+    x = x[:24]
+    with torch.no_grad():
+        order = model(x).argsort(1, descending=True)
+    y, target = order[:, 0], order[:, 1]
+
+    def loss(i):
+        return (lambda z, natural, label: z[0, target[i]] - z[0, label[0]]) if targeted else ATTACK_LOSSES["ce"]
+
+    options = {"eps": 0.2, "alpha": 0.05, "steps": 6}
+    values, margins = literal_resistance(model, x, y, loss, **options)
+    met = resistance(
+        model, x, y, target=target if targeted else None, random_start=False, batch_size=batch_size, **options
+    )
+    assert len(values.unique()) > 3
+    assert torch.equal(met.kappa, values)
+    assert torch.allclose(met.margin, margins, atol=1e-4)
+    assert torch.equal(met.margin < 0, met.kappa < 6)
+
+
+def test_an_attack_towards_the_likeliest_other_class_breaks_more_than_towards_the_least_likely(trained):
+    model, x, y = trained
+    with torch.no_grad():
+        others = model(x).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    near, far = (stands(model, x, y, target=others[:, rank], **ATTACK) for rank in (0, -2))
+    assert near.sum() < far.sum() < len(x)
+    with pytest.raises(InputError, match="target classes for 60 images"):
+        stands(model, x, y, target=others[:3, 0], **ATTACK)

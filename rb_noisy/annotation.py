@@ -111,7 +111,8 @@ def annotate(
         alpha: step size, same unit; None for 2.5·eps/steps [NL App. D.3].
         steps: n, the largest κ.
         norm: "Linf" or "L2".
-        calibrator: the calibrated `model`, with the same settings of κ; label, κ and confidence are then its own.
+        calibrator: the calibrated `model`, for the same ball; label, κ (with its own steps) and confidence are then
+            its own.
         batch_size: images at a time.
         progress: called with the number of images finished since the last call.
 
@@ -126,7 +127,8 @@ def annotate(
     step = 2.5 * eps / steps if alpha is None else alpha
     device = next((p.device for p in model.parameters()), images.device)
     if calibrator is not None:
-        _check_calibrator(calibrator, model, eps=eps, alpha=step, norm=norm)
+        given = {} if alpha is None else {"alpha": alpha}
+        _check_calibrator(calibrator, model, eps=eps, norm=norm, **given)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for at in range(0, len(images), batch_size):
         x = images[at : at + batch_size].to(device)

@@ -119,12 +119,12 @@ def test_a_calibrator_gives_its_own_confidence(digits):
     plain, found = annotate(model, digits, eps=0.2), annotate(model, digits, eps=0.2, calibrator=calibrated)
     assert torch.equal(found.confidence, calibrated.predict(digits).confidence)
     assert torch.equal(found.label, plain.label)
-    assert torch.equal(found.kappa, plain.kappa)
+    assert torch.equal(found.kappa, calibrated.predict(digits).kappa)
     assert (found.confidence - plain.confidence).abs().max() > 0.1
     with pytest.raises(InputError, match=r"calibrator's κ has eps = 0\.2, not 0\.1"):
         annotate(model, digits, eps=0.1, calibrator=calibrated)
-    with pytest.raises(InputError, match=r"alpha = 0\.05, not 0\.1"):
-        annotate(model, digits, eps=0.2, steps=5, calibrator=calibrated)
+    with pytest.raises(InputError, match=r"alpha = 0\.1, not 0\.05"):
+        annotate(model, digits, eps=0.2, alpha=0.05, calibrator=calibrated)
     with pytest.raises(InputError, match="of another model"):
         annotate(Brightness(), digits, eps=0.2, calibrator=calibrated)
 

@@ -15,7 +15,7 @@ from eval.budget import attack_for
 from rb_noisy.autoattack import ATTACKS, AutoAttackResult, run_autoattack
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
-from rb_noisy.processes import state_files
+from rb_noisy.processes import forget_state
 
 NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
@@ -84,6 +84,8 @@ def evaluate(
         "broken_by": {name: int((broken_by == ATTACKS.index(name) + 1).sum()) for name in attacks},
         "warnings": warnings,
     }
+    if minutes is None and not estimate:
+        figures["verdicts"] = common.packed(broken_by == -1)  # for eval.calibration
     if minutes is not None:
         figures["subset"] = "random, stratified by class"
     if estimate:
@@ -114,8 +116,7 @@ def _state_file(subject: common.Subject, out: Path, estimate: bool = False, minu
 def forget_progress(subject: common.Subject, out: Path, estimate: bool = False) -> None:
     """Remove what resumes the attack; only once its figures are kept."""
     if subject.processes.main:
-        for file in state_files(_state_file(subject, out, estimate)):
-            file.unlink(missing_ok=True)
+        forget_state(_state_file(subject, out, estimate))
 
 
 def main(

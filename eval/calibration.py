@@ -1,4 +1,7 @@
-"""`python -m eval.calibration --model …`: what κ tells about a prediction, beside softmax and temperature scaling."""
+"""`python -m eval.calibration --model …`: what κ tells about a prediction, beside softmax and temperature scaling.
+
+With `--target right` or `--target robust`: the confidence of single predictions, a study of each.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from eval import common
+from eval import common, confidence_right, confidence_robust
 from eval.batches import in_batches
 from rb_noisy.attacks import pgd
 from rb_noisy.calibration import calibration_report, plot_calibration
-from rb_noisy.errors import InputError
+from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.files import write_json
 from rb_noisy.geometry import kappa
 
 MNIST_STEPS, MNIST_ALPHA = 40, 0.01  # [NL App. D.2]
@@ -113,9 +117,29 @@ def main(
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
     compiled: common.CompileOption = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Study single predictions: how likely each is right, or is robust (right and stays so)."),
+    ] = None,
+    splits: Annotated[int, typer.Option(help="With --target: random halves to fit on; the other half tests.")] = 20,
+    clever: Annotated[bool, typer.Option("--clever", help="With --target robust: CLEVER too, by ART. Slow.")] = False,
+    label_noise: Annotated[
+        float | None,
+        typer.Option(help="With --target robust: also what is left where this share of the fitted labels is wrong."),
+    ] = None,
 ) -> None:
-    """κ-calibration report: how far κ, softmax and margin can be trusted, on natural and attacked inputs."""
+    """κ-calibration report: how far κ, softmax and margin can be trusted, on natural and attacked inputs.
+
+    With --target: a calibrated probability for every single prediction, by softmax, by κ and by both.
+    """
     with common.user_errors():
+        if target not in (None, "right", "robust"):
+            raise unknown_name("--target", target, ("right", "robust"))
+        for option, given in (("--clever", clever), ("--label-noise", label_noise is not None)):
+            if given and target != "robust":
+                raise InputError(f"{option} is a part of --target robust; give both")
+        if kappa_steps is not None and target is not None:
+            raise InputError(f"--kappa-steps {kappa_steps} is for the report; --target compares several of its own")
         subject = common.load_subject(
             model,
             zoo=zoo,
@@ -129,22 +153,38 @@ def main(
             batch_size=batch_size,
             compiled=compiled,
         )
-        results = run(subject, seed=seed, batch_size=batch_size, out=out, kappa_steps=kappa_steps)
+        options = {"seed": seed, "batch_size": batch_size, "out": out}
+        if target == "right":
+            figures = confidence_right.run(subject, splits=splits, **options)
+            if json_file is not None and subject.processes.main:
+                write_json(json_file, {"model": subject.label, "confidence-right": figures})
+            return
+        if target == "robust":
+            verdicts = autoattack_verdicts(subject, out)
+            options |= {"splits": splits, "with_clever": clever, "label_noise": label_noise}
+            results = confidence_robust.run(subject, verdicts, **options)
+        else:
+            results = run(subject, kappa_steps=kappa_steps, **options)
         common.enter(subject, results, json_file, out, replace)
 
 
 def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
-    """Which samples AutoAttack left standing, if it has been run on these weights, images and ε."""
+    """Which samples AutoAttack left standing (n,), if it has been run on these weights, images and ε: by the verdicts
+    that it keeps, else by those in the card."""
     file = subject.folder(out) / "autoattack.npz"
-    if not file.is_file():
+    if file.is_file():
+        with np.load(file, allow_pickle=False) as saved:
+            if (
+                str(saved["weights_sha256"]) == subject.weights_sha256
+                and np.array_equal(saved["y"], subject.y.numpy())
+                and np.isclose(float(saved["eps"]), subject.eps)
+            ):
+                return torch.from_numpy(saved["robust"])
+    figures = common.entered(subject).get("autoattack", {})
+    if "verdicts" not in figures or figures["weights_sha256"] != subject.weights_sha256:
         return None
-    with np.load(file, allow_pickle=False) as saved:
-        same = (
-            str(saved["weights_sha256"]) == subject.weights_sha256
-            and np.array_equal(saved["y"], subject.y.numpy())
-            and np.isclose(float(saved["eps"]), subject.eps)
-        )
-        return torch.from_numpy(saved["robust"]) if same else None
+    verdicts = common.unpacked(figures["verdicts"], figures["n"])
+    return verdicts[: len(subject.x)] if len(verdicts) >= len(subject.x) else None
 
 
 def show(subject: common.Subject, figures: dict[str, Any]) -> None:

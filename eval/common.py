@@ -20,7 +20,9 @@ from model_zoo.registry import (
     dataset_title,
     eps_label,
     load_model,
+    read_card,
     read_cards,
+    read_results,
     results_file,
     run_card,
     timm_names,
@@ -172,7 +174,12 @@ def load_subject(
     radius = found.eps if eps is None else eps
     if not 0 < radius < float("inf"):
         raise InputError(f"--eps is {radius}; give a number above 0, in units of the image range [0, 1]")
-    data = load_data(name, data_root)
+    try:
+        data = load_data(name, data_root)
+    except InputError as error:
+        if dataset is not None:
+            raise
+        raise InputError(f"{error}. {model} is evaluated on {name}; for other images give --dataset") from error
     x, y = data.x_test, data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
@@ -311,6 +318,26 @@ def setting(subject: Subject, figures: dict[str, Any]) -> str:
     return f"{data} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
 
 
+def entered(subject: Subject) -> dict[str, Any]:
+    """The figures that its card or run folder has already, by evaluation; none for another data set or ε."""
+    if subject.target is None:
+        return {}
+    if isinstance(subject.target, Path):
+        return read_results(subject.target)
+    return read_card(subject.target, subject.zoo)["results"]
+
+
+def packed(verdicts: Tensor) -> str:
+    """(n,) bool as hexadecimal text, eight images to a byte, the first in its highest bit."""
+    return np.packbits(verdicts.numpy()).tobytes().hex()
+
+
+def unpacked(text: str, n: int) -> Tensor:
+    """The (n,) bool that `packed` was given."""
+    bits = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(bits, count=n).astype(bool))
+
+
 def without_target(subject: Subject) -> Subject:
     """The same subject, whose figures then do not go into its card."""
     return dataclasses.replace(subject, target=None)
@@ -347,7 +374,7 @@ def enter(
         console.print(f"{evaluation} figures {outcome}", soft_wrap=True)
 
 
-def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor) -> Path:
+def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor | np.ndarray) -> Path:
     """Per-sample verdicts as an .npz, row i for test image i."""
     file = subject.folder(folder) / f"{evaluation}.npz"
     if subject.processes.main:
@@ -356,7 +383,7 @@ def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Ten
                 temporary,
                 y=subject.y.numpy(),
                 weights_sha256=subject.weights_sha256,
-                **{name: values.cpu().numpy() for name, values in arrays.items()},
+                **{name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()},
             )
     subject.processes.wait()  # another evaluation may read it
     console.print(f"verdicts: {file}", soft_wrap=True)

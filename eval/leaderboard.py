@@ -23,6 +23,7 @@ PUBLISHED = Path(__file__).with_name("published.json")
 CLEAN_LABELS = "clean labels"
 MISSING = "–"
 COLUMNS = ("#", "Model", "Method or source", "Origin", "Architecture", "Checkpoint", "Clean", "PGD-20", "AutoAttack")
+COLUMNS += ("Top 30%",)  # robust accuracy of the answers that robust confidence calls surest
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the leaderboard. `rank` is None where there is no AutoAttack figure to rank by."""
+    """One line of the leaderboard. `kept` is the robust accuracy of the 30% of the answers in which robust confidence
+    (`eval.calibration --target robust`) is greatest; `rank` is None where there is no AutoAttack figure to rank by."""
 
     name: str
     method: str
@@ -53,6 +55,7 @@ class Row:
     pgd20: Rate | None
     pgd10: Rate | None
     autoattack: Rate | None
+    kept: Rate | None = None
     rank: int | None = None
 
     @property
@@ -127,7 +130,7 @@ def render_terminal(rows: list[Row], highlight: str | None = None) -> list[Table
     for title, group in _groups(rows):
         table = Table(title=title, title_justify="left", title_style="bold")
         for column in COLUMNS:
-            table.add_column(column, justify="right" if column in ("#", "Clean", "PGD-20", "AutoAttack") else "left")
+            table.add_column(column, justify="right" if column in ("#", *COLUMNS[-4:]) else "left")
         for row in group:
             style = "bold yellow" if _is_highlighted(row, highlight) else "green" if row.measured else None
             table.add_row(*(Text(cell) for cell in _cells(row, "\n")), style=style)
@@ -157,13 +160,14 @@ def render_latex(rows: list[Row], highlight: str | None = None) -> str:
         "Clean",
         "PGD-20",
         "AutoAttack",
+        "Top 30%",
         "Extra data",
         "Architecture",
         "Venue",
         "Model Zoo ID",
         "Origin",
     )
-    lines = [r"\begin{tabular}{rlrrrcllll}", r"\toprule", latex_line(head)]
+    lines = [r"\begin{tabular}{rlrrrrcllll}", r"\toprule", latex_line(head)]
     for title, group in _groups(rows):
         lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\textit{{{latex(title)}}}}} \\", r"\midrule"]
         for row in group:
@@ -201,6 +205,7 @@ def _measured_row(card: dict[str, Any]) -> Row:
         pgd20=_measured_rate(pgd.get("final_iterate"), pgd.get("n")),
         pgd10=None,
         autoattack=_measured_rate(autoattack, autoattack.get("n")) or _plain_rate(card.get("autoattack_acc")),
+        kept=_kept(results.get("confidence") or {}),
     )
 
 
@@ -233,6 +238,14 @@ def _measured_rate(result: dict[str, Any] | None, n: int | None) -> Rate | None:
         interval = wilson_interval(round(value * n), n)
     low, high = (None, None) if interval is None else (100 * interval[0], 100 * interval[1])
     return Rate(100 * value, low, high, n)
+
+
+def _kept(confidence: dict[str, Any]) -> Rate | None:
+    figure = confidence.get("rows", {}).get("auto", {}).get("kept_30")
+    if not figure or figure["mean"] is None:
+        return None
+    low, high = (100 * min(1.0, max(0.0, end)) for end in figure["interval"])
+    return Rate(100 * figure["mean"], low, high)
 
 
 def _plain_rate(percent: float | str | None) -> Rate | None:
@@ -292,7 +305,7 @@ def _figures(row: Row, gap: str) -> list[str]:
     pgd = _rate(row.pgd20, gap)
     if row.pgd20 is None and row.pgd10 is not None:
         pgd = f"{_rate(row.pgd10, gap)}{gap}(PGD-10)"
-    return [_rate(row.clean, gap), pgd, _rate(row.autoattack, gap)]
+    return [_rate(row.clean, gap), pgd, _rate(row.autoattack, gap), _rate(row.kept, gap)]
 
 
 def _rate(rate: Rate | None, gap: str) -> str:

@@ -35,7 +35,7 @@ class Column:
     over: str = ""
 
 
-_TRACKED, _KAPPA = "tracked in training", "κ-calibration, PGD-20 inputs"
+_TRACKED, _KAPPA, _SURE = "tracked in training", "κ-calibration, PGD-20 inputs", "robust confidence"
 COLUMNS = (
     Column("rank", "#", "Rank by AutoAttack among models of the same data set, noise and threat"),
     Column("name", "Model", "Opens the card", number=False),
@@ -57,6 +57,8 @@ COLUMNS = (
     Column("ece_kappa", "ECE κ", "Of isotonic regression on κ; 0 is perfect", over=_KAPPA),
     Column("auroc_kappa", "AUROC κ", "κ of right against wrong predictions; 1 is perfect", "descending", over=_KAPPA),
     Column("aurc_kappa", "AURC κ", "Errors left as κ sets aside the suspicious; 0 is perfect", over=_KAPPA),
+    Column("kept", "top 30%", "Robust accuracy of the 30% surest answers, %", "descending", over=_SURE),
+    Column("brier_ratio", "Brier ratio", "To the best without an attack; below 1 κ helps", over=_SURE),
 )
 FIGURE_HEAD = ("Figure", "Accuracy, %", "95% interval", "Data", "Split", "n", "Seed", "ε", "α", "Steps", "Date")
 FIGURE_NAMES = {"final_iterate": "final iterate", "any_iterate": "any iterate", "pgd-20": "on PGD-20 inputs"}
@@ -177,7 +179,10 @@ def _cells(row: Row, card: dict[str, Any] | None) -> list[Cell]:
     cells = {name: Cell(text, "" if text == MISSING else text) for name, text in texts.items()}
     cells["rank"] = Cell() if row.rank is None else Cell(str(row.rank), row.rank)
     cells["name"] = Cell(row.name, row.name, [row.source] if row.source else [])
-    cells["natural"], cells["autoattack"] = _rate(row.clean), _rate(row.autoattack)
+    cells["natural"], cells["autoattack"], cells["kept"] = _rate(row.clean), _rate(row.autoattack), _rate(row.kept)
+    sure = ((card or {}).get("results") or {}).get("confidence", {}).get("rows", {})
+    if sure and (ratio := sure["auto"]["brier_ratio"]["mean"]) is not None:
+        cells["brier_ratio"] = Cell(f"{ratio:.3f}", ratio)
     cells["pgd20"] = _rate(row.pgd20)
     if row.pgd20 is None and row.pgd10 is not None:
         cells["pgd20"] = Cell(f"{row.pgd10.value}", "", ["PGD-10"])  # not sorted among figures of more steps

@@ -243,13 +243,13 @@ def test_latex_is_a_balanced_booktabs_table_with_everything_escaped(published):
         [card("a_b&50%#{x}", 0.7, method=r"pgd^2~\x", architecture="WideResNet-34")], published
     )
     lines = board.render_latex(rows, highlight="a_b&50%#{x}").splitlines()
-    assert lines[0] == r"\begin{tabular}{rlrrrcllll}"
+    assert lines[0] == r"\begin{tabular}{rlrrrrcllll}"
     assert lines[-1] == r"\end{tabular}"
     assert lines[1] == r"\toprule"
     assert lines[-2] == r"\bottomrule"
     table = [line for line in lines if line.endswith(r"\\") and "multicolumn" not in line]
     assert len(table) == len(rows) + 1
-    assert {line.replace(r"\&", "").count("&") for line in table} == {9}
+    assert {line.replace(r"\&", "").count("&") for line in table} == {10}
     (own,) = (line for line in table if "measured here" in line)
     assert r"\textbf{a\_b\&50\%\#\{x\}}" in own
     assert r"pgd\textasciicircum{}2\textasciitilde{}\textbackslash{}x" in own
@@ -301,3 +301,15 @@ def test_command_answers_bad_input_with_one_line_and_code_two(run, wrong):
 
 def test_published_file_is_plain_json_without_nan():
     json.loads(board.PUBLISHED.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_the_top_30_percent_by_robust_confidence_stand_in_their_column():
+    figure = {"mean": 0.974, "interval": [0.95, 1.01]}
+    sure = {"confidence": {"rows": {"auto": {"kept_30": figure}}}}
+    with_it, without = card("sure", 0.4), card("plain", 0.5)
+    rows = board.leaderboard_rows([with_it | {"results": with_it["results"] | sure}, without], [])
+    assert names(rows) == ["plain", "sure"], "it does not rank"
+    lines = board.render_markdown(rows).splitlines()
+    assert lines[2].endswith("| Top 30% |")
+    assert lines[4].endswith("| – |")
+    assert lines[5].endswith("| 97.40 [95.0, 100.0] |")

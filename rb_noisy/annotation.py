@@ -21,7 +21,7 @@ from rb_noisy.attacks import in_mode
 from rb_noisy.data import image_files, npz_images, open_npz, pixels, read_image
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
-from rb_noisy.geometry import kappa
+from rb_noisy.geometry import device_of, kappa
 from rb_noisy.measures import wilson_interval
 
 
@@ -125,7 +125,7 @@ def annotate(
     if images.dim() != 4:
         raise InputError(f"the images have shape {tuple(images.shape)}; give (N, C, H, W)")
     step = 2.5 * eps / steps if alpha is None else alpha
-    device = next((p.device for p in model.parameters()), images.device)
+    device = device_of(model, images)
     if calibrator is not None:
         given = {} if alpha is None else {"alpha": alpha}
         _check_calibrator(calibrator, model, eps=eps, norm=norm, **given)

@@ -171,15 +171,9 @@ def main(
 def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
     """Which samples AutoAttack left standing (n,), if it has been run on these weights, images and ε: by the verdicts
     that it keeps, else by those in the card."""
-    file = subject.folder(out) / "autoattack.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as saved:
-            if (
-                str(saved["weights_sha256"]) == subject.weights_sha256
-                and np.array_equal(saved["y"], subject.y.numpy())
-                and np.isclose(float(saved["eps"]), subject.eps)
-            ):
-                return torch.from_numpy(saved["robust"])
+    saved = common.saved_verdicts(out, "autoattack", subject)
+    if saved is not None and np.isclose(float(saved["eps"]), subject.eps):
+        return torch.from_numpy(saved["robust"])
     figures = common.entered(subject).get("autoattack", {})
     if "verdicts" not in figures or figures["weights_sha256"] != subject.weights_sha256:
         return None

@@ -32,7 +32,7 @@ from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.fast import FastForm, fast_form
-from rb_noisy.files import atomic_path, sha256, write_json
+from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
 from rb_noisy.measures import wilson_interval
 from rb_noisy.processes import Processes
 from rb_noisy.recipes import parse_radius
@@ -374,6 +374,28 @@ def enter(
         console.print(f"{evaluation} figures {outcome}", soft_wrap=True)
 
 
+def _measured_on(subject: Subject) -> dict[str, np.ndarray]:
+    images = tensors_digest([("x", subject.x)])
+    return {
+        "y": subject.y.numpy(),
+        "images_sha256": np.array(images),
+        "weights_sha256": np.array(subject.weights_sha256),
+    }
+
+
+def saved_verdicts(folder: Path, evaluation: str, subject: Subject) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_verdicts` was given; None where there are none of these weights, images and labels."""
+    file = subject.folder(folder) / f"{evaluation}.npz"
+    if not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    for name, wanted in _measured_on(subject).items():
+        if name not in arrays or not np.array_equal(arrays.pop(name), wanted):
+            return None
+    return arrays
+
+
 def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor | np.ndarray) -> Path:
     """Per-sample verdicts as an .npz, row i for test image i."""
     file = subject.folder(folder) / f"{evaluation}.npz"
@@ -381,8 +403,7 @@ def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Ten
         with atomic_path(file) as temporary:
             np.savez_compressed(
                 temporary,
-                y=subject.y.numpy(),
-                weights_sha256=subject.weights_sha256,
+                **_measured_on(subject),
                 **{name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()},
             )
     subject.processes.wait()  # another evaluation may read it

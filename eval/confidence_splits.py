@@ -46,16 +46,10 @@ def measured(
     compute: Callable[[Tensor, Tensor, int], Measured],
 ) -> Measured:
     """As `in_batches`; kept as NAME.npz, from which a later run of the same weights, images and settings takes it."""
-    file = subject.folder(out) / f"{name}.npz"
     key = json.dumps({**settings, "eps": subject.eps, "batch_size": batch_size})
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as saved:
-            if (
-                str(saved["weights_sha256"]) == subject.weights_sha256
-                and np.array_equal(saved["y"], subject.y.numpy())
-                and str(saved["key"]) == key
-            ):
-                return {n: torch.from_numpy(saved[n]) for n in saved.files if n not in ("weights_sha256", "y", "key")}
+    saved = common.saved_verdicts(out, name, subject)
+    if saved is not None and str(saved.pop("key", "")) == key:
+        return {array: torch.from_numpy(values) for array, values in saved.items()}
     arrays = in_batches(subject, name, settings, batch_size, out, compute)
     common.save_verdicts(out, name, subject, key=np.array(key), **arrays)
     return arrays

@@ -129,11 +129,12 @@ def test_autoattacks_verdicts_are_the_target_where_there_are_any(done, tmp_path,
         call(calibration.main, *options)
         assert torch.equal(given.pop(), expected) if expected is not None else given.pop().sum() > COUNT / 2
     with np.load(place / "withstands.npz") as saved:
-        labels = {name: saved[name] for name in ("y", "weights_sha256")}
-    np.savez(place / "autoattack.npz", robust=(~verdicts[:COUNT]).numpy(), eps=0.2, **labels)
+        subject = {name: saved[name] for name in ("y", "weights_sha256", "images_sha256")}
     target.write_text(json.dumps(card | {"results": card["results"] | {"autoattack": figures}}))
-    call(calibration.main, *options)
-    assert torch.equal(given.pop(), ~verdicts[:COUNT])
+    for change, expected in (({}, ~verdicts), ({"images_sha256": "0" * 64}, verdicts)):
+        np.savez(place / "autoattack.npz", robust=(~verdicts[:COUNT]).numpy(), eps=0.2, **(subject | change))
+        call(calibration.main, *options)
+        assert torch.equal(given.pop(), expected[:COUNT]), "verdicts on other images with the same labels are not these"
 
 
 def test_wrong_calibration_labels_spoil_what_takes_them_and_not_what_takes_none():

@@ -19,7 +19,7 @@ from eval.__main__ import main as evaluate_all
 from model_zoo import registry
 from rb_noisy.attacks import pgd as attack
 from rb_noisy.data import load_data
-from rb_noisy.files import sha256
+from rb_noisy.files import sha256, tensors_digest
 from rb_noisy.training import train
 
 COUNT = 12
@@ -229,6 +229,7 @@ def test_a_timm_network_is_evaluated_on_a_named_data_set(tiny_data, tmp_path):
 def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, tmp_path):
     folder(tmp_path, run).mkdir()
     arrays = {"robust": np.ones(60, bool), "eps": 0.15, "y": load_data(run.recipe.data).y_test.numpy()}
+    arrays["images_sha256"] = tensors_digest([("x", load_data(run.recipe.data).x_test)])
     np.savez(folder(tmp_path, run) / "autoattack.npz", weights_sha256="other weights", **arrays)
     result = call(calibration.main, "--model", run.path, "--out", tmp_path, "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output

@@ -220,7 +220,7 @@ def start_of(
     else:
         # The first d coordinates of a uniform point on the sphere in d + 2 dimensions are uniform in the d-ball. One
         # row of uniform numbers per sample keeps the start independent of the batch size, which randn would not.
-        d = x[0].numel()
+        d = math.prod(x.shape[1:])
         uniform = draw(torch.rand, torch.Size((len(x), d + 2))).clamp(1e-6, 1 - 1e-6)
         sphere = F.normalize(torch.special.ndtri(uniform), dim=1)
         delta = radius * sphere[:, :d].reshape(x.shape)

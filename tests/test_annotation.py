@@ -232,6 +232,26 @@ def test_the_command_labels_a_folder_as_the_library_does(digits, tmp_path):
     assert [line["class_name"] for line in lines] == [line["label"] for line in lines]
 
 
+def test_the_command_takes_a_saved_calibration_with_its_radius_and_steps(digits, tmp_path):
+    model, y = load_model("at_digits"), load_data("digits").y_test
+    sure = calibrate(model, digits, y[:N], eps=0.15, target="right", method="logistic", kappa_steps=4)
+    sure.save(tmp_path / "confidence.json")
+    np.savez(tmp_path / "a.npz", x=digits[:6].permute(0, 2, 3, 1).numpy())
+    arguments = ["--images", f"npz:{tmp_path / 'a.npz'}", "--calibration", tmp_path / "confidence.json"]
+    result = call_annotate("--model", "at_digits", *arguments, "--out", tmp_path / "labels.csv")
+    assert result.exit_code == 0, result.output
+    assert "κ = 4 (PGD-4 within ε = 0.15" in result.output
+    assert "the calibrated probability of 'right'" in result.output
+    expected = sure.predict(digits[:6])
+    lines = read(tmp_path / "labels.csv")
+    assert [int(line["kappa"]) for line in lines] == expected.kappa.tolist()
+    assert [float(line["confidence"]) for line in lines] == pytest.approx(expected.confidence.tolist(), abs=1e-6)
+    other = call_annotate("--model", "at_digits_sym40", *arguments, "--out", tmp_path / "other.csv")
+    assert other.exit_code == 2
+    assert "was fitted on a model of other weights" in other.output
+    assert not (tmp_path / "other.csv").exists()
+
+
 def test_the_command_takes_a_run_folder_and_its_own_radius(tiny_recipe, tiny_data, tmp_path):
     from rb_noisy.training import train
 

@@ -37,6 +37,10 @@ def annotate(
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run folder: final or best.")] = "final",
     zoo: ZooOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 256,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="What Calibrated.save wrote for this model: its confidence, κ and ε."),
+    ] = None,
 ) -> None:
     """Label your own unlabelled images, which may be under attack: label, κ and confidence of each, as CSV."""
     import torch
@@ -44,6 +48,7 @@ def annotate(
     from model_zoo.registry import load_model, read_card
     from rb_noisy.annotation import annotate as label_images
     from rb_noisy.annotation import load_images
+    from rb_noisy.confidence import Calibrated
     from rb_noisy.runs import Run
 
     with user_errors():
@@ -56,7 +61,12 @@ def annotate(
         x, files = load_images(images)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         _check_fit(network, x, model, recipe["data"])
-        radius = recipe["eps"] if eps is None else eps
+        radius, confidence = recipe["eps"], "max-softmax, not calibrated"
+        calibrated = None if calibration is None else Calibrated.load(calibration, network)
+        if calibrated is not None:
+            radius, steps = calibrated.eps, calibrated.calibrator.kappa_steps
+            confidence = f"the calibrated probability of {calibrated.target!r}"
+        radius = radius if eps is None else eps
         with progress_bar() as bar:
             task = bar.add_task("images", total=len(x))
             found = label_images(
@@ -65,6 +75,7 @@ def annotate(
                 eps=radius,
                 steps=steps,
                 norm=recipe["norm"],
+                calibrator=calibrated,
                 batch_size=batch_size,
                 progress=lambda done: bar.advance(task, done),
             )
@@ -72,7 +83,7 @@ def annotate(
         kept = int((found.kappa == steps).sum())
         console.print(
             f"{out}: {len(x)} images, {kept} of them with κ = {steps} (PGD-{steps} within ε = {radius:g} left the "
-            "label); a small κ means do not trust the label; the confidence is max-softmax, not calibrated",
+            f"label); a small κ means do not trust the label; the confidence is {confidence}",
             soft_wrap=True,
         )
 

@@ -123,13 +123,14 @@ def table(figures: dict[str, Any]) -> Table:
     shown = Table()
     shown.add_column("confidence")
     for share in SHARES:
-        shown.add_column(f"top {share:.0%}: robust", justify="right")
+        shown.add_column(f"top {share:.0%}: robust of kept", justify="right")
         shown.add_column("fooled, no attack", justify="right")
         shown.add_column("fooled", justify="right")
     for name, rows in figures["rows"].items():
         cells = []
         for row in rows:
-            cells.append(f"{row['robust_accuracy_of_kept']['accuracy']:.1%}")
+            kept = f"{row['robust_accuracy_of_kept']['accuracy']:.1%} of {row['kept']['accuracy']:.0%}"
+            cells.append(kept)  # ties may keep more
             cells += [f"{row['fooled'][kind]['accuracy']:.1%}" for kind in ("natural", "any")]
         shown.add_row(DEFENCES[name][0], *cells)
     return shown

@@ -37,8 +37,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 
 LEAST_OUTCOMES = 10
-# Temperature scaling ranks as max-softmax does; isotonic regression ties what it cannot tell apart.
-KEPT_GAIN = {"kept_30_gain": "top 30%, less temperature scaling's"}
+KEPT_GAIN = {"kept_30_gain": "top 30%, less max-softmax's"}
 PASSES = {"passes": "passes forth + back", "passes_to_the_end": "without early stop"}
 
 
@@ -53,8 +52,9 @@ class Row:
 
 
 PLAIN = {
+    "max_softmax": Row("max-softmax as it is", "temperature", ()),
     "isotonic_max_softmax": Row("isotonic on max-softmax", "isotonic", ("max_softmax",)),
-    "temperature": Row("temperature scaling", "temperature", ()),
+    "temperature": Row("temperature scaling, T fitted on labels", "temperature", ()),
     "logistic": Row("logistic on softmax, margin, entropy", "logistic", SOFTMAX),
     "trees": Row("trees on softmax, margin, entropy", "trees", SOFTMAX),
 }
@@ -108,7 +108,7 @@ def study(
 
     Returns:
         The figures by row (a few of them for `CURVE`), each {mean, interval}: the metrics, the robust accuracy of the
-        most confident shares in `KEPT`, its gain over temperature scaling's, and `brier_ratio`, to the one of `PLAIN`
+        most confident shares in `KEPT`, its gain over max-softmax's, and `brier_ratio`, to the one of `PLAIN`
         with the lowest mean Brier score; `passes` too. And (confidence, outcome) of all tested samples by row, split
         after split.
     """
@@ -142,7 +142,7 @@ def study(
             "passes": passes(row, arrays) if name != "clever" else arrays["clever_passes"].double().mean(0).tolist(),
         }
         if name not in CURVE:
-            gain = scores[name][:, columns.index("kept_30")] - scores["temperature"][:, columns.index("kept_30")]
+            gain = scores[name][:, columns.index("kept_30")] - scores["max_softmax"][:, columns.index("kept_30")]
             figures[name]["kept_30_gain"] = interval(gain, "mean", "interval")
         if row.steps:
             figures[name]["passes_to_the_end"] = passes(row, arrays, early=False)
@@ -155,8 +155,8 @@ def _fit(
 ) -> Callable[[np.ndarray], Tensor]:
     """Samples → confidence, fitted on the `fit` samples."""
     logits = arrays["logits"]
-    if row.method == "temperature":
-        t = fit_temperature(logits[fit], y[fit])
+    if row.method in ("softmax", "temperature"):
+        t = fit_temperature(logits[fit], y[fit]) if row.method == "temperature" else 1.0
         return lambda test: (logits[test].double() / t).softmax(1).amax(1)
     if row.method == "clever":
         isotonic = fit_isotonic(arrays["clever"][fit], outcome[fit])
@@ -270,14 +270,16 @@ def run(
         label_noise: `confidence_noise.study` too, with this rate.
     """
     check(len(subject.x), splits)
-    arrays = measure(subject, seed=seed, batch_size=batch_size, out=out)
-    if with_clever:
-        arrays |= clever.measure(subject, seed=seed, batch_size=batch_size, out=out)
+    if label_noise is not None and not 0 < label_noise < 1:
+        raise InputError(f"--label-noise is {label_noise}; give a rate above 0 and below 1")
+    options = {"seed": seed, "batch_size": batch_size, "out": out}
+    arrays = clever.measure(subject, **options) if with_clever else {}  # first: it may lack its package
+    arrays |= measure(subject, **options)
     right = arrays["logits"].argmax(1) == subject.y
     source = WITHSTANDS if verdicts is None else "AutoAttack"
     robust = verdicts
     if robust is None:
-        robust = own_verdicts(subject, subject.y, "withstands", seed=seed, batch_size=batch_size, out=out)
+        robust = own_verdicts(subject, subject.y, "withstands", **options)
     found, tested = study(subject.y, arrays, robust, splits=splits, seed=seed)
     figures = subject.describe(seed=seed, batch_size=batch_size) | {
         "target": "right, and right still within ε",
@@ -293,10 +295,8 @@ def run(
     if label_noise is not None:
         # What stays of the wrong answers AutoAttack has not been asked.
         predicted = arrays["logits"].argmax(1)
-        stays = own_verdicts(subject, predicted, "stays", seed=seed, batch_size=batch_size, out=out)
-        stays = torch.where(right, robust, stays)
-        options = {"rate": label_noise, "splits": splits, "seed": seed}
-        rows = confidence_noise.study(subject.y, arrays, robust, stays, **options)
+        stays = torch.where(right, robust, own_verdicts(subject, predicted, "stays", **options))
+        rows = confidence_noise.study(subject.y, arrays, robust, stays, rate=label_noise, splits=splits, seed=seed)
         figures["noisy_calibration"] = {"noise": "symmetric", "rate": label_noise, "rows": rows}
         shown += confidence_noise.tables(figures)
     line = common.setting(subject, figures)

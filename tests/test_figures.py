@@ -90,6 +90,15 @@ def test_every_figure_of_both_papers_is_drawn_or_refused_with_its_reason(runs, s
         assert read(png.with_suffix(".csv")), f"{png.name} has no data"
 
 
+def test_every_figure_is_drawn_from_the_shipped_runs(small, no_pictures, tmp_path):
+    done = call(STUDIES / "digits-figures", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "not drawn" not in done.output
+    for name in FIGURES:
+        assert list(tmp_path.glob(f"{name}*.png")), name
+        assert all(read(file) for file in tmp_path.glob(f"{name}*.csv"))
+
+
 def test_curves_hold_the_metrics_of_the_runs(runs, no_pictures, tmp_path):
     names = "learning-curves,train-accuracy,kappa-over-epochs,neighbourhood-entropy,gradient-norm,confidence"
     names += ",label-assignment,memorisation"

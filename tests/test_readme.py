@@ -72,7 +72,9 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("study", sorted(path.name for path in STUDIES.glob("*") if path.is_dir()))
+@pytest.mark.parametrize(
+    "study", sorted({path.name for path in STUDIES.glob("*") if path.is_dir()} - {"digits-figures"})
+)
 def test_the_tables_of_the_studies_are_those_of_the_shipped_metrics(study):
     runs = collect_runs([STUDIES / study])
     for against in (None, "pgd-at+kgr") if study.startswith("refinement") else (None,):

@@ -131,7 +131,7 @@ def confidence(context: Context) -> list[Drawing]:
             dots = axis.scatter(track.right, track.wrong, c=share, s=12 + 60 * share, cmap="cividis_r", zorder=3)
             best = int(np.nanargmax(track.accuracy))
             ring = {"s": 150, "facecolors": "none", "edgecolors": "black", "linewidths": 1.4, "zorder": 4}
-            axis.scatter(track.right[best], track.wrong[best], label=f"best {kind} accuracy", **ring)
+            axis.scatter(track.right[best], track.wrong[best], label="best accuracy", **ring)
             axis.scatter(1, 0, marker="*", s=140, color=INCORRECT, label="ideal", zorder=4, clip_on=False)
             axis.set(xlabel="mean confidence in right predictions", ylabel="mean confidence in wrong predictions")
             axis.set(xlim=(0, 1.02), ylim=(-0.02, 1), title=f"{kind} test data")

@@ -52,7 +52,7 @@ class Row:
 
 
 PLAIN = {
-    "max_softmax": Row("max-softmax as it is", "temperature", ()),
+    "max_softmax": Row("max-softmax as it is", "softmax", ()),
     "isotonic_max_softmax": Row("isotonic on max-softmax", "isotonic", ("max_softmax",)),
     "temperature": Row("temperature scaling, T fitted on labels", "temperature", ()),
     "logistic": Row("logistic on softmax, margin, entropy", "logistic", SOFTMAX),

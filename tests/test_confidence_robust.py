@@ -63,6 +63,8 @@ def test_every_row_has_every_figure_and_the_best_without_attack_has_ratio_one(do
     assert rows[best]["brier"]["mean"] == min(rows[name]["brier"]["mean"] for name in command.PLAIN)
     assert figures["robust"]["accuracy"] < figures["natural"]["accuracy"]
     assert len(figures["noisy_calibration"]["rows"]) == 5
+    assert rows["max_softmax"]["kept_30_gain"]["mean"] == 0
+    assert rows["max_softmax"]["ece"]["mean"] != rows["temperature"]["ece"]["mean"]
 
 
 def test_the_target_is_right_and_withstands(done):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,7 +81,7 @@ def attack(
                         best[f"{name}.{kind}"] = torch.where(wrong, torch.maximum(so_far, value), so_far)
         return best
 
-    settings = {"seed": seed, "targets": targets, "fitted": {n: asdict(c) for n, c in calibrators.items()}}
+    settings = {"seed": seed, "targets": targets, "fitted": {n: dataclasses.asdict(c) for n, c in calibrators.items()}}
     return in_batches(subject, "confidence-attack", settings, batch_size, out, compute)
 
 

@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 
 from eval import common
-from eval.confidence_splits import CHANCE, METRICS, Shown, check, halves, interval, measured, metrics, number, show
+from eval.confidence_splits import (
+    CHANCE,
+    METRICS,
+    Shown,
+    cell,
+    check,
+    halves,
+    interval,
+    measured,
+    metrics,
+    number,
+    show,
+)
 from rb_noisy import measures
 from rb_noisy.attacks import pgd
 from rb_noisy.calibration import BLUE, GREEN, GREY, ORANGE, VERMILLION, fit_temperature
 from rb_noisy.calibrators import SOFTMAX, Observed, fit_calibrator
 from rb_noisy.files import atomic_path, write_json
-from rb_noisy.geometry import kappa
+from rb_noisy.geometry import kappa, to_target
 
 INPUTS = {
     "natural": "natural",
@@ -52,8 +64,7 @@ Tensors = dict[str, Tensor]
 
 def targeted_margin(logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
     """z_t − z_y, t the likeliest wrong class of the natural image, for `pgd` to raise."""
-    target = natural.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True)
-    return (logits.gather(1, target) - logits.gather(1, y[:, None])).sum()
+    return to_target(natural.scatter(1, y[:, None], -torch.inf).argmax(1), logits, natural, y)
 
 
 def measure(subject: common.Subject, *, seed: int, batch_size: int, out: Path) -> Tensors:
@@ -179,7 +190,7 @@ def tables(figures: dict[str, Any]) -> Shown:
             ("difference", CALIBRATORS, "less temperature scaling, ", METRICS),
             ("kappa_adds", PLAIN, "with κ less without κ, ", METRICS),
         ):
-            body = [[TEXTS[name], *(_cell(rows[name][m], figure) for m in columns)] for name in names]
+            body = [[TEXTS[name], *(cell(rows[name][m], figure) for m in columns)] for name in names]
             shown.append((text + title, ["confidence", *columns.values()], body))
     for metric in ("ece", "aurc"):
         body = []
@@ -200,13 +211,6 @@ def tables(figures: dict[str, Any]) -> Shown:
             body.append([f"{text}, {steps} steps, {factor:g}ε", *numbers])
     shown.append(("κ by its steps and its ball, fitted on the same kind of input", header, body))
     return shown
-
-
-def _cell(figure: dict[str, Any], name: str) -> str:
-    """Mean and half the width of its interval; differences with their sign."""
-    interval, sign = (figure["interval"], "") if name == "mean" else (figure[f"{name}_interval"], "+")
-    width = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.3f}"
-    return number(figure[name], sign) + width
 
 
 CURVES = {"uncalibrated": (VERMILLION, "o"), "temperature": (BLUE, "s")}

@@ -104,11 +104,11 @@ def kept(confidence: Tensor, outcome: Tensor) -> list[float]:
     return [accuracy[max(1, round(share * len(accuracy))) - 1] for share in KEPT.values()]
 
 
-def cell(figure: dict[str, Any]) -> str:
-    if figure["mean"] is None:
-        return number(None)
-    low, high = figure["interval"]
-    return f"{number(figure['mean'])} ± {(high - low) / 2:.3f}"
+def cell(figure: dict[str, Any], name: str = "mean") -> str:
+    """Mean and half the width of its interval; differences with their sign."""
+    bounds, sign = (figure["interval"], "") if name == "mean" else (figure[f"{name}_interval"], "+")
+    width = "" if bounds is None else f" ± {(bounds[1] - bounds[0]) / 2:.3f}"
+    return number(figure[name], sign) + width
 
 
 def show(heading: str, shown: Shown, file: Path) -> None:

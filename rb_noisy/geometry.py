@@ -173,11 +173,12 @@ class _Attack:
 
     def step(self, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next iterate, and the logits of this one."""
-        loss = ATTACK_LOSSES["ce"] if target is None else partial(_to_target, target)
+        loss = ATTACK_LOSSES["ce"] if target is None else partial(to_target, target)
         return pgd_step(self.model, x_adv, x, y, x.new_empty(0), loss, self.eps, self.alpha, self.norm)
 
 
-def _to_target(target: Tensor, logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+def to_target(target: Tensor, logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
+    """z_target − z_y, summed over the samples, for an attack to raise; target (N,) a class for each."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).sum()
 
 

@@ -70,7 +70,6 @@ def state_files(path: str | os.PathLike) -> list[Path]:
 
 def forget_state(path: str | os.PathLike) -> None:
     """Remove `path`, all its parts, and what processes that were killed while they wrote them left."""
-    path = Path(path)
     for file in (*state_files(path), *left_by_killed(path)):
         file.unlink(missing_ok=True)
 

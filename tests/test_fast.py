@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rb_noisy.backbones import BACKBONES, FIXED_SIZE, build_backbone
 from rb_noisy.fast import fast_form
@@ -103,6 +104,34 @@ def test_what_is_shared_is_not_folded():
     with torch.no_grad():
         assert torch.allclose(fast_form(model)(x), model(x), rtol=0, atol=1e-5)
     assert not fast_form(model).folded
+
+
+class Read(nn.Module):
+    """ReLUs of what somebody else reads, before or after, of what nobody else does, and of what its maker needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+        self.twice, self.once, self.norm = nn.ReLU(), nn.ReLU(), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.twice(x) - x
+        x = self.once(self.norm(self.second(x) + x))
+        x = F.relu(self.twice(self.third(x)).tanh())
+        return F.relu(x + 0.5 * x.detach()).mean((2, 3))
+
+
+def test_a_relu_writes_over_nothing_that_is_read():
+    model = lived_in(Read())
+    x = torch.randn(4, 1, 8, 8)
+    fast = fast_form(model)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), rtol=0, atol=1e-5)
+    assert torch.allclose(gradient(fast, x), gradient(model, x), rtol=1e-4, atol=1e-6)
+    assert "inplace = True" in fast.graph.code
+    assert [module.inplace for module in (fast.graph.twice, fast.graph.once)] == [False, True]
+    assert not model.once.inplace
 
 
 class Undecided(nn.Module):

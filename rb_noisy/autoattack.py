@@ -7,7 +7,6 @@ the same seed and batch size the verdicts equal the reference's, sample by sampl
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,10 @@ from rb_noisy.processes import Processes, own_file
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version's attacks, in its order."""
+
+# FAB-T draws nothing at random, so that its batches may be cut otherwise than the reference's: on a CPU, where no more
+# is won by larger ones, into such that several processes end together.
+_FAB_ON_CPU = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +136,13 @@ def run_autoattack(
         model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
     )
     _check_arguments(task)
-    batches = math.ceil(len(x) / batch_size)
     settings = _settings(task, return_adversarials)
     log = Warnings()
     state = None if state_path is None else load(state_path, settings, x, log)
     if state is None:
         broken_by = torch.where(_clean(task), SURVIVED, WRONG).to(torch.int8)
         state = State(broken_by, x.clone() if return_adversarials else None)
-    state.share(processes, x, batches)  # none of the files is written before all are read
+    state.share(processes, x)  # none of the files is written before all are read
 
     def keep() -> None:
         if state_path is not None:
@@ -212,7 +214,11 @@ def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None])
         code = _code(attack)
         # An attack's batches are cut from those it started with, of which it may have broken some before a resume.
         started = ((state.broken_by == SURVIVED) | (state.broken_by == code)).nonzero(as_tuple=True)[0]
-        batches = dict(enumerate(started.split(task.batch_size) if len(started) else ()))
+        size = task.batch_size
+        if attack == "fab-t" and task.device.type == "cpu":
+            size = min(size, _FAB_ON_CPU)
+        state.count_in(size)
+        batches = dict(enumerate(started.split(size) if len(started) else ()))
         own = [number for number in batches if number not in state.batches][processes.index :: processes.count]
 
         def finished(batches: dict[int, Tensor] = batches) -> int:
@@ -231,7 +237,7 @@ def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None])
             state.batches.add(number)
             keep()
             task.report(attack, finished(), len(started))
-        state.share(processes, task.x, math.ceil(len(task.x) / task.batch_size))
+        state.share(processes, task.x)
         state.attack, state.batches = state.attack + 1, set()
         keep()
 

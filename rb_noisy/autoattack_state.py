@@ -26,19 +26,25 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, z
 
 @dataclass
 class State:
-    """`attack` is under way, of which the `batches` are finished; the others as in `AutoAttackResult`."""
+    """`attack` is under way, of which the `batches` of `size` are finished; the others as in `AutoAttackResult`."""
 
     broken_by: Tensor
     x_adv: Tensor | None
     attack: int = 0
     batches: set[int] = field(default_factory=set)
+    size: int = 0
 
-    def share(self, processes: Processes, x: Tensor, total: int) -> None:
-        """What any process has found, to all of them; `total` is the most batches that there may be."""
+    def count_in(self, size: int) -> None:
+        """The attack under way goes in batches of `size`; those of another, from another device, were cut elsewhere."""
+        if self.size != size:
+            self.batches, self.size = set(), size
+
+    def share(self, processes: Processes, x: Tensor) -> None:
+        """What any process has found, to all of them; `x` are the images."""
         if processes.count == 1:
             return
         attack = int(processes.largest(torch.tensor(self.attack)))
-        finished = torch.zeros(total, dtype=torch.bool)
+        finished = torch.zeros(len(x), dtype=torch.bool)
         finished[list(self.batches if self.attack == attack else ())] = True
         self.attack, self.batches = attack, set(processes.largest(finished).nonzero().flatten().tolist())
         if self.x_adv is not None:
@@ -66,7 +72,7 @@ class Warnings:
 
 
 def save(path: Path, settings: dict[str, Any], state: State, log: Warnings) -> None:
-    progress = {"attack": state.attack, "batches": sorted(state.batches)}
+    progress = {"attack": state.attack, "batches": sorted(state.batches), "size": state.size}
     about = {**settings, **progress, "warnings": list(log.messages.values())}
     arrays = {"about": np.array(json.dumps(about)), "broken_by": state.broken_by.numpy()}
     if state.x_adv is not None:
@@ -82,7 +88,7 @@ def load(path: str | os.PathLike, settings: dict[str, Any], x: Tensor, log: Warn
         return None
     whole = max(states, key=lambda state: state.attack)
     for state in states:
-        if state.attack == whole.attack:
+        if (state.attack, state.size) == (whole.attack, whole.size):
             whole.batches |= state.batches
         if whole.x_adv is not None:
             news = (state.broken_by > WRONG) & (whole.broken_by <= WRONG)
@@ -98,6 +104,7 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
             broken_by = torch.from_numpy(file["broken_by"])
             x_adv = torch.from_numpy(file["x_adv"]) if "x_adv" in file else None
         attack, batches, messages = about.pop("attack"), set(about.pop("batches")), about.pop("warnings")
+        size = about.pop("size")
     except _DAMAGE as error:
         raise InputError(f"{path} is no readable AutoAttack state ({error}); delete it or give another path") from error
     differing = [key for key in settings if about.get(key) != settings[key]]
@@ -110,4 +117,4 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
         whole = x.clone()
         whole[broken_by > WRONG] = x_adv
         x_adv = whole
-    return State(broken_by, x_adv, attack, batches)
+    return State(broken_by, x_adv, attack, batches, size)

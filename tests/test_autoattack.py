@@ -90,6 +90,7 @@ SUBJECTS = {
 def test_verdicts_and_adversarials_equal_the_reference_driver(name, norm, monkeypatch):
     pyautoattack = pytest.importorskip("pyautoattack")
     monkeypatch.setattr(rb_noisy.fewer_passes, "_WORTH_CUTTING", 0)
+    monkeypatch.setattr(rb_noisy.autoattack, "_FAB_ON_CPU", 5)
     make, radii = SUBJECTS[name]
     (model, x, y), eps = make(name), radii[norm]
     reference = shorten(pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=3, version="standard"))
@@ -119,7 +120,7 @@ def test_square_answers_from_known_maps_reach_the_same_verdicts(monkeypatch):
     passed = []
     monkeypatch.setattr(rb_noisy.fewer_passes, "_WORTH_CUTTING", 0)
     call = LocalForward.__call__
-    monkeypatch.setattr(LocalForward, "__call__", lambda self, *a: passed.append(len(a[1])) or call(self, *a))
+    monkeypatch.setattr(LocalForward, "__call__", lambda self, *a: passed.append(len(a[0])) or call(self, *a))
     local = run(model, x, y, **options)
     assert torch.equal(local.broken_by, plain.broken_by)
     assert 0 < local.robust_acc < local.clean_acc
@@ -319,6 +320,24 @@ def test_interrupted_after_any_batch_it_resumes_to_the_same_result(tmp_path):
         with pytest.raises(Interrupted):
             run(model, x, y, progress=progress, return_adversarials=True, state_path=state)
         assert same(run(model, x, y, return_adversarials=True, state_path=state), whole)
+
+
+def test_fab_batches_of_another_size_are_not_taken_for_finished(tmp_path, monkeypatch):
+    model = small_model()
+    x, y = small_data(model)
+    state, options = tmp_path / "state.npz", {"attacks": ("fab-t",)}
+
+    def after_two(stage, done, total):
+        if stage == "fab-t" and done == 6:
+            raise Interrupted
+
+    monkeypatch.setattr(rb_noisy.autoattack, "_FAB_ON_CPU", 3)
+    with pytest.raises(Interrupted):
+        run(model, x, y, state_path=state, progress=after_two, **options)
+    monkeypatch.setattr(rb_noisy.autoattack, "_FAB_ON_CPU", 50)
+    resumed = run(model, x, y, state_path=state, **options)
+    assert same(resumed, run(model, x, y, **options))
+    assert (resumed.broken_by == 3).nonzero().max() > 8, "others than the first six of those it classifies rightly"
 
 
 KILLED = (600, 3)  # images, and the batch of APGD-T in which the process is killed

@@ -24,6 +24,10 @@ from rb_noisy.local_forward import LocalForward
 
 # Multiplications per image; below, a network is so small that cutting and pasting takes longer.
 _WORTH_CUTTING = 2_000_000
+# Share of the images of a batch.
+_NEARLY_ALL = 0.8
+# Images; fewer are sooner passed through the network twice than in a batch of their own.
+_WORTH_A_PASS = 4
 
 
 def spare_passes(adversary: Any, model: FastForm) -> None:
@@ -70,12 +74,18 @@ class _Undecided:
 
 
 class _OnePass:
-    """Keeps the pass that classified FAB's last iterate, to take the next step's gradient from it."""
+    """Keeps the pass that classified FAB's last iterate, to take the next step's gradient from it.
+
+    An iterate that is adversarial FAB moves back towards the image, where it needs a new pass. Which these will be is
+    foreseen, and they are classified without a graph: the way back through a graph costs what its whole batch costs,
+    however few of its gradients are wanted.
+    """
 
     def __init__(self, fab: Any):
-        self.predict, self.run = fab.predict, fab.perturb
+        self.predict, self.run, self.single_run = fab.predict, fab.perturb, fab.attack_single_run
         self._forget()
-        fab.perturb = self.perturb
+        self.stay: Tensor | None = None
+        fab.perturb, fab.attack_single_run = self.perturb, self.attack_single_run
         fab._predict_fn = self.logits
         fab._get_predicted_label = lambda x: self.logits(x).max(1)[1]
         fab.get_diff_logits_grads_batch_targeted = self.differences
@@ -86,6 +96,10 @@ class _OnePass:
         finally:
             self._forget()
 
+    def attack_single_run(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.stay = self.moved = None
+        return self.single_run(*args, **kwargs)
+
     def _forget(self) -> None:
         self.x: Tensor | None = None
         self.kept: Tensor | None = None
@@ -93,22 +107,48 @@ class _OnePass:
     def logits(self, x: Tensor) -> Tensor:
         if self.x is None or self.x.shape != x.shape or not torch.equal(self.x, x):
             self._forget()  # before there is a second graph in memory
-            with torch.enable_grad():
-                self.x = x.detach().clone().requires_grad_()
-                self.kept = self.predict(self.x)
-        return self.kept.detach()
+            self.x = x.detach().clone()
+            self.rows = torch.ones_like(x[:, 0, 0, 0], dtype=torch.bool)
+            if self.stay is not None and len(self.stay) == len(x):
+                self.rows = self.stay if self.stay.sum() >= _WORTH_A_PASS else torch.zeros_like(self.rows)
+            self.answer = None
+            if self.rows.any():
+                with torch.enable_grad():
+                    self.start = self.x[self.rows].requires_grad_()
+                    self.kept = self.predict(self.start)
+                self.answer = self.kept.detach()
+            if not self.rows.all():
+                rest = self.predict(self.x[~self.rows])
+                whole = rest.new_empty(len(x), rest.shape[1])
+                whole[~self.rows] = rest
+                if self.answer is not None:
+                    whole[self.rows] = self.answer
+                self.answer = whole
+        return self.answer
 
     def differences(self, x: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """z_target − z_label and its gradient, (B, 1) and (B, 1, C, H, W)."""
         if self.x is None or self.x.shape != x.shape:
             difference, gradient = self._differences(x, label, target)
         else:
-            changed = (self.x != x).flatten(1).any(1)
-            difference, gradient = self._of(self.kept, self.x, label, target)
+            moved = (self.x != x).flatten(1).any(1)
+            self._foresee(moved)
+            known = self.rows & ~moved
+            difference, gradient = x.new_empty(len(x)), torch.empty_like(x)
+            if known.any():
+                found = self._of(self.kept, self.start, label[self.rows], target[self.rows])
+                difference[known], gradient[known] = (value[known[self.rows]] for value in found)
             self._forget()
-            if changed.any():
-                difference[changed], gradient[changed] = self._differences(x[changed], label[changed], target[changed])
+            if not known.all():
+                difference[~known], gradient[~known] = self._differences(x[~known], label[~known], target[~known])
         return difference.unsqueeze(1), gradient.unsqueeze(1)
+
+    def _foresee(self, moved: Tensor) -> None:
+        """Most iterates are adversarial every time, the others every second time, and the first one seldom."""
+        if self.moved is None:
+            self.stay = self.moved = torch.ones_like(moved)
+        else:
+            self.stay, self.moved = moved & ~self.moved, moved
 
     def _differences(self, x: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -150,23 +190,32 @@ class _NewQueries:
             self.margin, self.loss = (value.clone() for value in self.ask(x, y))
             self.best = x.clone()
             return self.margin.clone(), self.loss.clone()
-        place = (self.margin > 0).nonzero(as_tuple=True)[0]
-        margin, loss = self.margin[place], self.loss[place]
-        moved = x != self.best[place]
+        if len(x) < len(self.best):  # Square asks no more of what it has broken
+            self._keep((self.margin > 0).nonzero(as_tuple=True)[0])
+        moved = x != self.best
         new = moved.flatten(1).any(1)
+        margin, loss = self.margin.clone(), self.loss.clone()
         if new.any():
+            # To take all is sooner than to take nearly all.
+            asked = torch.ones_like(new) if new.double().mean() > _NEARLY_ALL else new
             if self.pays:
-                rows, window = place[new], _bounds(moved.any(0).any(0))
+                rows, window = None if asked.all() else asked.nonzero(as_tuple=True)[0], _bounds(moved.any(0).any(0))
                 self.answer = lambda x: self.local(x, rows, window)
-            margin[new], loss[new] = self.ask(x[new], y[new])
-        closer = loss < self.loss[place]
-        better = closer | (margin <= 0)
-        self.loss[place[closer]] = loss[closer]
-        self.margin[place[better]] = margin[better]
-        self.best[place[better]] = x[better]
+            found = self.ask(x, y) if asked.all() else self.ask(x[asked], y[asked])
+            margin[new], loss[new] = (value[new[asked]] for value in found)
+        closer = loss < self.loss
+        better = new & (closer | (margin <= 0))
+        self.loss = torch.where(closer, loss, self.loss)
+        self.margin = torch.where(better, margin, self.margin)
+        self.best = torch.where(better.view(-1, 1, 1, 1), x, self.best)
         if self.pays and new.any():
-            self.local.accept(better[new])
+            self.local.accept(better[asked])
         return margin, loss
+
+    def _keep(self, rows: Tensor) -> None:
+        self.best, self.margin, self.loss = self.best[rows], self.margin[rows], self.loss[rows]
+        if self.pays:
+            self.local.keep(rows)
 
 
 def _bounds(moved: Tensor) -> tuple[int, int, int, int]:

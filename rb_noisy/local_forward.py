@@ -21,6 +21,7 @@ from torch.nn import functional as F
 Window = tuple[int, int, int, int]
 """First and past-the-last row, first and past-the-last column."""
 
+_LAST = torch.channels_last
 # Above this share of a map, cutting and pasting costs more than it saves.
 _MOST = 0.6
 _SAME_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
@@ -48,12 +49,10 @@ class LocalForward(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule):
         super().__init__(graph)
-        for module in graph.modules():
-            if hasattr(module, "inplace"):  # would overwrite a map that is remembered
-                module.inplace = False
         self.maps: dict[fx.Node, Tensor] = {}
         self.needed: set[fx.Node] | None = None
         self.looked_up: set[fx.Node] = set()
+        self.overwrite = False
         self.multiplications = 0
 
     @torch.no_grad()
@@ -67,11 +66,18 @@ class LocalForward(fx.Interpreter):
         """Free the memory."""
         self.maps, self.fresh = {}, {}
 
+    def keep(self, rows: Tensor) -> None:
+        """Remember only the images `rows` (M,) from now on, in this order."""
+        self.maps = {node: value[rows].contiguous(memory_format=_LAST) for node, value in self.maps.items()}
+
     @torch.no_grad()
-    def __call__(self, x: Tensor, rows: Tensor, window: Window) -> Tensor:
-        """Logits (B, K) of x (B, C, H, W), which differ from the images `rows` (B,) at most inside `window`."""
+    def __call__(self, x: Tensor, rows: Tensor | None, window: Window) -> Tensor:
+        """Logits (B, K) of x (B, C, H, W), which differ from the images `rows` (B,) at most inside `window`.
+
+        `rows` None stands for all images, in their order, which is the soonest.
+        """
         self.x, self.rows, self.fresh = x, rows, {}
-        cut = x[_at(window)].clone(memory_format=torch.channels_last)
+        cut = x[_at(window)].clone(memory_format=_LAST)
         return self.run(_Patch(None, cut, window, tuple(x.shape[2:])))
 
     @torch.no_grad()
@@ -85,7 +91,10 @@ class LocalForward(fx.Interpreter):
 
     def accept(self, chosen: Tensor) -> None:
         """Remember the `chosen` (B,) bool of the last call's images instead."""
-        rows = self.rows[chosen]
+        chosen = chosen.nonzero(as_tuple=True)[0]
+        if not len(chosen):
+            return
+        rows = chosen if self.rows is None else self.rows[chosen]
         for node, value in self.fresh.items():
             if isinstance(value, _Patch):
                 self.maps[node][_at(value.window)][rows] = value.values[chosen]
@@ -94,7 +103,7 @@ class LocalForward(fx.Interpreter):
 
     def _run_whole(self, x: Tensor) -> Tensor:
         self.fresh = {}
-        logits = self.run(x.clone(memory_format=torch.channels_last))  # a map may be the argument itself
+        logits = self.run(x.clone(memory_format=_LAST))  # a map may be the argument itself
         self.maps, self.fresh = self.fresh, {}
         return logits
 
@@ -119,6 +128,8 @@ class LocalForward(fx.Interpreter):
     # --- the interpreter
 
     def run_node(self, n: fx.Node) -> Any:
+        before = n.args[0] if n.args else None
+        self.overwrite = isinstance(before, fx.Node) and len(before.users) == 1 and before not in self.needed
         value = super().run_node(n)
         if isinstance(value, _Patch):
             value.node = n
@@ -128,13 +139,18 @@ class LocalForward(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         module = self.fetch_attr(target)
+        if isinstance(module, nn.ReLU):
+            return self.call_function(F.relu, args, {"inplace": module.inplace})
         if not any(isinstance(arg, _Patch) for arg in args):
+            if getattr(module, "inplace", False) and not self.overwrite:
+                args = tuple(arg.clone() for arg in args)
             value = super().call_module(target, args, kwargs)
             return self._counted(module, value) if isinstance(module, nn.Conv2d) else value
         if len(args) == 1 and not kwargs:
             (patch,) = args
             if isinstance(module, _SAME_PLACE):
-                return _Patch(None, module(patch.values), patch.window, patch.size)
+                kept = getattr(module, "inplace", False) and not self.overwrite
+                return _Patch(None, module(patch.values.clone() if kept else patch.values), patch.window, patch.size)
             if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
                 window = _reached(patch, module)
                 size = _output_size(patch.size, module)
@@ -144,7 +160,8 @@ class LocalForward(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         target = operator.add if target is operator.iadd else target
-        kwargs = kwargs | {"inplace": False} if "inplace" in kwargs else kwargs
+        if kwargs.get("inplace"):
+            kwargs = kwargs | {"inplace": self.overwrite}
         patches = [arg for arg in args if isinstance(arg, _Patch)]
         if not patches:
             return super().call_function(target, args, kwargs)
@@ -183,12 +200,13 @@ class LocalForward(fx.Interpreter):
             self.looked_up.add(patch.node)
             if window == patch.window:
                 return patch.values
-            values = self.maps[patch.node][_at(window)][self.rows]
+            values = self.maps[patch.node][_at(window)]
+            values = values.clone(memory_format=_LAST) if self.rows is None else values[self.rows]
         else:
-            return self.x[_at(window)].clone(memory_format=torch.channels_last)
+            return self.x[_at(window)].clone(memory_format=_LAST)
         r0, r1, c0, c1 = patch.window
         values[_at((r0 - window[0], r1 - window[0], c0 - window[2], c1 - window[2]))] = patch.values
-        return values.contiguous(memory_format=torch.channels_last)
+        return values.contiguous(memory_format=_LAST)
 
     def _convolve(self, conv: nn.Conv2d, patch: _Patch, window: Window) -> Tensor:
         """The convolution's output at `window`, unpadded from as much of its input as that looks at."""
@@ -204,7 +222,7 @@ class LocalForward(fx.Interpreter):
         values = values[_at((needs[0] - r0, needs[1] - r0, needs[2] - c0, needs[3] - c0))]
         if any(pads):
             values = F.pad(values, pads)
-        values = values.contiguous(memory_format=torch.channels_last)
+        values = values.contiguous(memory_format=_LAST)
         return self._counted(conv, F.conv2d(values, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups))
 
     def _counted(self, conv: nn.Conv2d, value: Tensor) -> Tensor:

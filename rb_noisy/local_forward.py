@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 Window = tuple[int, int, int, int]
 """First and past-the-last row, first and past-the-last column."""
@@ -40,7 +42,7 @@ class _Patch:
     size: tuple[int, int]
 
 
-class LocalForward(fx.Interpreter):
+class LocalForward:
     """The network, with a memory of N images and their feature maps.
 
     Args:
@@ -48,12 +50,12 @@ class LocalForward(fx.Interpreter):
     """
 
     def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph)
+        # Not an fx.Interpreter, whose ways through a node take longer than many a convolution of a few pixels.
+        self.graph = graph
+        self.steps = [(node, self._step(node)) for node in graph.graph.nodes]
         self.maps: dict[fx.Node, Tensor] = {}
         self.needed: set[fx.Node] | None = None
         self.looked_up: set[fx.Node] = set()
-        self.overwrite = False
-        self.multiplications = 0
 
     @torch.no_grad()
     def remember(self, x: Tensor) -> Tensor:
@@ -78,16 +80,19 @@ class LocalForward(fx.Interpreter):
         """
         self.x, self.rows, self.fresh = x, rows, {}
         cut = x[_at(window)].clone(memory_format=_LAST)
-        return self.run(_Patch(None, cut, window, tuple(x.shape[2:])))
+        return self._run(_Patch(None, cut, window, tuple(x.shape[2:])))
 
     @torch.no_grad()
     def saved(self, x: Tensor) -> int:
-        """Multiplications of the convolutions that a call spares for an image of x, of which 3x3 pixels change."""
+        """Multiplications that a call spares for an image of x, of which 3x3 pixels change."""
         self._find_needed(x[:1])
         h, w = x.shape[2] // 2, x.shape[3] // 2
         row = torch.zeros(1, dtype=torch.int64, device=x.device)
-        whole = self._work(lambda: self._run_whole(x[:1]))
-        return whole - self._work(lambda: self(x[:1], row, (h - 1, h + 2, w - 1, w + 2)))
+        with FlopCounterMode(display=False) as whole:
+            self._run_whole(x[:1])
+        with FlopCounterMode(display=False) as local:
+            self(x[:1], row, (h - 1, h + 2, w - 1, w + 2))
+        return (whole.get_total_flops() - local.get_total_flops()) // 2
 
     def accept(self, chosen: Tensor) -> None:
         """Remember the `chosen` (B,) bool of the last call's images instead."""
@@ -103,96 +108,119 @@ class LocalForward(fx.Interpreter):
 
     def _run_whole(self, x: Tensor) -> Tensor:
         self.fresh = {}
-        logits = self.run(x.clone(memory_format=_LAST))  # a map may be the argument itself
+        logits = self._run(x.clone(memory_format=_LAST))  # a map may be the argument itself
         self.maps, self.fresh = self.fresh, {}
         return logits
-
-    def _work(self, call: Callable[[], Any]) -> int:
-        self.multiplications = 0
-        call()
-        return self.multiplications
 
     def _find_needed(self, x: Tensor) -> None:
         """The nodes whose maps are ever looked up: those where the change of one pixel in a corner is still local.
 
         No other change moves less; which corner's moves least depends on where the strides begin.
         """
-        self.needed = set(self.module.graph.nodes)
+        self._need({node for node, _ in self.steps})
         self._run_whole(x)
         self.looked_up, row = set(), torch.zeros(1, dtype=torch.int64, device=x.device)
         h, w = x.shape[2:]
         for r, c in product((0, h - 1), (0, w - 1)):
             self(x, row, (r, r + 1, c, c + 1))
-        self.needed = self.looked_up
+        self._need(self.looked_up)
 
-    # --- the interpreter
+    def _need(self, nodes: set[fx.Node]) -> None:
+        self.needed, self.overwriting = nodes, set()
+        for node, _ in self.steps:
+            before = node.args[0] if node.args else None
+            if isinstance(before, fx.Node) and len(before.users) == 1 and before not in nodes:
+                self.overwriting.add(node)
 
-    def run_node(self, n: fx.Node) -> Any:
-        before = n.args[0] if n.args else None
-        self.overwrite = isinstance(before, fx.Node) and len(before.users) == 1 and before not in self.needed
-        value = super().run_node(n)
-        if isinstance(value, _Patch):
-            value.node = n
-        if n in self.needed and n.op != "placeholder" and (isinstance(value, _Patch) or _is_map(value)):
-            self.fresh[n] = value
+    # --- through the graph
+
+    def _run(self, x: Tensor | _Patch) -> Tensor:
+        values: dict[fx.Node, Any] = {}
+
+        def value_of(argument: Any) -> Any:
+            return values[argument] if isinstance(argument, fx.Node) else argument
+
+        for node, step in self.steps:
+            if node.op == "placeholder":
+                value, x = (node.args[0] if x is None else x), None  # the first is the image, others have their default
+            else:
+                self.overwrite = node in self.overwriting
+                args = tuple(map(value_of, node.args)) if _flat(node) else fx.node.map_arg(node.args, value_of)
+                kwargs = fx.node.map_arg(node.kwargs, value_of) if node.kwargs else {}
+                value = step(args, kwargs)
+            if isinstance(value, _Patch):
+                value.node = node
+            if node in self.needed and node.op != "placeholder" and (isinstance(value, _Patch) or _is_map(value)):
+                self.fresh[node] = value
+            values[node] = value
         return value
 
-    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        module = self.fetch_attr(target)
+    def _step(self, node: fx.Node) -> Callable[[tuple, dict], Any]:
+        """What a node does with its arguments, among them patches."""
+        target = node.target
+        if node.op == "call_function":
+            return partial(self._function, operator.add if target is operator.iadd else target)
+        if node.op == "call_method":
+            return lambda args, kwargs: getattr(self._whole(args[0]), target)(*self._all_whole(args[1:]), **kwargs)
+        if node.op == "get_attr":
+            return lambda args, kwargs: operator.attrgetter(target)(self.graph)
+        if node.op == "output":
+            return lambda args, kwargs: self._whole(args[0])
+        if node.op == "placeholder":
+            return lambda args, kwargs: None
+        module = self.graph.get_submodule(target)
         if isinstance(module, nn.ReLU):
-            return self.call_function(F.relu, args, {"inplace": module.inplace})
-        if not any(isinstance(arg, _Patch) for arg in args):
-            if getattr(module, "inplace", False) and not self.overwrite:
-                args = tuple(arg.clone() for arg in args)
-            value = super().call_module(target, args, kwargs)
-            return self._counted(module, value) if isinstance(module, nn.Conv2d) else value
-        if len(args) == 1 and not kwargs:
-            (patch,) = args
-            if isinstance(module, _SAME_PLACE):
-                kept = getattr(module, "inplace", False) and not self.overwrite
-                return _Patch(None, module(patch.values.clone() if kept else patch.values), patch.window, patch.size)
-            if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                window = _reached(patch, module)
-                size = _output_size(patch.size, module)
-                if _area(window) <= _MOST * size[0] * size[1]:
-                    return _Patch(None, self._convolve(module, patch, window), window, size)
-        return self.call_module(target, self._whole_arguments(args), kwargs)
+            return lambda args, kwargs: self._function(F.relu, args, {"inplace": module.inplace})
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return partial(self._convolution, module)
+        return partial(self._module, module)
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        target = operator.add if target is operator.iadd else target
+    def _module(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if getattr(module, "inplace", False) and not self.overwrite:
+            args = tuple(
+                replace(arg, values=arg.values.clone()) if isinstance(arg, _Patch) else arg.clone() for arg in args
+            )
+        if isinstance(args[0], _Patch) and isinstance(module, _SAME_PLACE):
+            return replace(args[0], values=module(args[0].values))
+        return module(*self._all_whole(args), **kwargs)
+
+    def _convolution(self, module: nn.Conv2d, args: tuple, kwargs: dict) -> Any:
+        patch = args[0]
+        if isinstance(patch, _Patch):
+            window = _reached(patch, module)
+            size = _output_size(patch.size, module)
+            if _area(window) <= _MOST * size[0] * size[1]:
+                return _Patch(None, self._convolve(module, patch, window), window, size)
+        return module(self._whole(patch))
+
+    def _function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if kwargs.get("inplace"):
             kwargs = kwargs | {"inplace": self.overwrite}
         patches = [arg for arg in args if isinstance(arg, _Patch)]
         if not patches:
-            return super().call_function(target, args, kwargs)
+            return target(*args, **kwargs)
         others = [arg for arg in args if not isinstance(arg, _Patch)]
         if target in _SAME_PLACE_FUNCTIONS and not any(isinstance(arg, Tensor) for arg in others):
-            (patch,) = patches
-            values = target(patch.values, *args[1:], **kwargs)
-            return _Patch(None, values, patch.window, patch.size)
+            return replace(patches[0], values=target(patches[0].values, *args[1:], **kwargs))
         if target in _SCALINGS and not kwargs and len(args) == 2 and all(map(_same_everywhere, others)):
             if len(patches) == 1:
                 values = [arg.values if isinstance(arg, _Patch) else arg for arg in args]
-                return _Patch(None, target(*values), patches[0].window, patches[0].size)
+                return replace(patches[0], values=target(*values))
             if target in _SUMS:
                 window = _union(patches[0].window, patches[1].window)
                 first, second = (self._extended(patch, window) for patch in patches)
                 return _Patch(None, first + second, window, patches[0].size)
-        return super().call_function(target, self._whole_arguments(args), kwargs)
-
-    def call_method(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return super().call_method(target, self._whole_arguments(args), kwargs)
-
-    def output(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return super().output(target, self._whole_arguments(args), kwargs)
+        return target(*self._all_whole(args), **kwargs)
 
     # --- between patches and maps
 
-    def _whole_arguments(self, args: tuple) -> tuple:
-        return tuple(self._whole(arg) if isinstance(arg, _Patch) else arg for arg in args)
+    def _all_whole(self, args: Any) -> Any:
+        return fx.node.map_aggregate(args, self._whole)
 
-    def _whole(self, patch: _Patch) -> Tensor:
-        return self._extended(patch, (0, patch.size[0], 0, patch.size[1]))
+    def _whole(self, value: Any) -> Any:
+        if not isinstance(value, _Patch):
+            return value
+        return self._extended(value, (0, value.size[0], 0, value.size[1]))
 
     def _extended(self, patch: _Patch, window: Window) -> Tensor:
         """The map at a larger window: what has moved, pasted into what is remembered."""
@@ -223,11 +251,7 @@ class LocalForward(fx.Interpreter):
         if any(pads):
             values = F.pad(values, pads)
         values = values.contiguous(memory_format=_LAST)
-        return self._counted(conv, F.conv2d(values, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups))
-
-    def _counted(self, conv: nn.Conv2d, value: Tensor) -> Tensor:
-        self.multiplications += value.numel() * conv.weight[0].numel()
-        return value
+        return F.conv2d(values, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
 def _at(window: Window) -> tuple[slice, ...]:
@@ -263,6 +287,11 @@ def _reached(patch: _Patch, conv: nn.Conv2d) -> Window:
         found += [min(low, size - 1), max(high, min(low, size - 1) + 1)]  # never empty
     r0, r1, c0, c1 = found
     return r0, r1, c0, c1
+
+
+def _flat(node: fx.Node) -> bool:
+    """Whether none of a node's arguments is a list, of nodes perhaps."""
+    return not any(isinstance(arg, (tuple, list, dict, slice)) for arg in node.args)
 
 
 def _is_map(value: Any) -> bool:

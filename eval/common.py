@@ -30,6 +30,7 @@ from model_zoo.registry import (
 )
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
+from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
@@ -164,6 +165,7 @@ def load_subject(
         raise InputError(f"--batch-size is {batch_size}; give at least 1")
     if seed < 0:
         raise InputError(f"--seed is {seed}; give 0 or more")
+    keep_freed_memory()
     processes = Processes.launched()
     console.quiet = not processes.main
     chosen = _device(device)

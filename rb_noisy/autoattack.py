@@ -7,6 +7,7 @@ the same seed and batch size the verdicts equal the reference's, sample by sampl
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 # FAB-T draws nothing at random, so that its batches may be cut otherwise than the reference's: on a CPU, where no more
 # is won by larger ones, into such that several processes end together.
-_FAB_ON_CPU = 50
+_FAB_ON_CPU = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,8 @@ def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None])
         started = ((state.broken_by == SURVIVED) | (state.broken_by == code)).nonzero(as_tuple=True)[0]
         size = task.batch_size
         if attack == "fab-t" and task.device.type == "cpu":
-            size = min(size, _FAB_ON_CPU)
+            pieces = math.ceil(len(started) / min(size, _FAB_ON_CPU))
+            size = math.ceil(len(started) / max(pieces, 1))
         state.count_in(size)
         batches = dict(enumerate(started.split(size) if len(started) else ()))
         own = [number for number in batches if number not in state.batches][processes.index :: processes.count]

@@ -15,12 +15,14 @@ from rb_noisy.commands.label_issues import label_issues
 from rb_noisy.commands.settings import parse_settings
 from rb_noisy.commands.sweep import sweep
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
+from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError
 
 app = typer.Typer(
     help="Adversarial training when labels are wrong: train, sweep, find wrong labels, annotate, publish.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    callback=keep_freed_memory,
 )
 
 

@@ -53,6 +53,10 @@ class LocalForward:
         # Not an fx.Interpreter, whose ways through a node take longer than many a convolution of a few pixels.
         self.graph = graph
         self.steps = [(node, self._step(node)) for node in graph.graph.nodes]
+        last_reader = {before: node for node, _ in self.steps for before in node.all_input_nodes}
+        self.spent: dict[fx.Node, list[fx.Node]] = {node: [] for node, _ in self.steps}
+        for before, node in last_reader.items():
+            self.spent[node].append(before)
         self.maps: dict[fx.Node, Tensor] = {}
         self.needed: set[fx.Node] | None = None
         self.looked_up: set[fx.Node] = set()
@@ -70,7 +74,9 @@ class LocalForward:
 
     def keep(self, rows: Tensor) -> None:
         """Remember only the images `rows` (M,) from now on, in this order."""
-        self.maps = {node: value[rows].contiguous(memory_format=_LAST) for node, value in self.maps.items()}
+        self.fresh = {}
+        for node in self.maps:  # one by one, so that there are never two memories
+            self.maps[node] = self.maps[node][rows].contiguous(memory_format=_LAST)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, rows: Tensor | None, window: Window) -> Tensor:
@@ -153,6 +159,8 @@ class LocalForward:
             if node in self.needed and node.op != "placeholder" and (isinstance(value, _Patch) or _is_map(value)):
                 self.fresh[node] = value
             values[node] = value
+            for before in self.spent[node]:
+                del values[before]
         return value
 
     def _step(self, node: fx.Node) -> Callable[[tuple, dict], Any]:
@@ -225,9 +233,9 @@ class LocalForward:
     def _extended(self, patch: _Patch, window: Window) -> Tensor:
         """The map at a larger window: what has moved, pasted into what is remembered."""
         if patch.node is not None and patch.node.op != "placeholder":
-            self.looked_up.add(patch.node)
             if window == patch.window:
                 return patch.values
+            self.looked_up.add(patch.node)
             values = self.maps[patch.node][_at(window)]
             values = values.clone(memory_format=_LAST) if self.rows is None else values[self.rows]
         else:

@@ -5,7 +5,7 @@ What is spared was counted on the reference code (Croce & Hein 2020), whose loop
 * APGD goes on for all its iterations with samples that it has broken. Here they leave the batch that goes through the
   network; their place in the loop is kept.
 * FAB classifies every iterate, then passes it through the network again for the next step's gradient. Here both are
-  one pass.
+  one pass, unless FAB has moved the iterate in between.
 * Square (Linf) often proposes the image it has already: a square whose pixels lie at that corner of the ball. Such a
   query cannot change anything, and is not made. For the others, most of the first feature maps are known
   (`rb_noisy.local_forward`).

@@ -36,6 +36,8 @@ from tests.test_autoattack import shorten
 
 CIFAR10 = os.environ.get("RB_NOISY_CIFAR10")
 MODEL = os.environ.get("RB_NOISY_MODEL", "sglr_cifar10")
+BATCH = 250
+"""For PGD-20: the default of `eval.pgd`, and of AutoAttack."""
 SUBJECTS = ["digits", pytest.param("cifar10", marks=pytest.mark.skipif(CIFAR10 is None, reason="no RB_NOISY_CIFAR10"))]
 
 
@@ -82,8 +84,8 @@ def report(capsys, title, seconds, memory, notes):
             print(f"  {name:38s} {time:8.2f} s  {slowest / time:5.2f}x {peak}  {notes.get(name, '')}")
 
 
-def batches(x, y, size=128):
-    return zip(x.split(size), y.split(size), strict=True)
+def batches(x, y):
+    return zip(x.split(BATCH), y.split(BATCH), strict=True)
 
 
 def test_kappa(subject, capsys):
@@ -120,7 +122,7 @@ def art_pgd(model, x, y, eps, alpha, steps):
 
     shape, classes = tuple(x.shape[1:]), 10
     network = PyTorchClassifier(model, nn.CrossEntropyLoss(), shape, classes, clip_values=(0, 1), device_type="cpu")
-    settings = {"eps": eps, "eps_step": alpha, "max_iter": steps, "batch_size": 128, "verbose": False}
+    settings = {"eps": eps, "eps_step": alpha, "max_iter": steps, "batch_size": BATCH, "verbose": False}
     attack = ProjectedGradientDescentPyTorch(network, **settings)
     x_adv = torch.from_numpy(attack.generate(x.numpy(), F.one_hot(y, classes).numpy()))
     return torch.cat([accurate(model, xb, yb) for xb, yb in batches(x_adv, y)])
@@ -137,12 +139,12 @@ def our_pgd(model, x, y, **options):
 
 
 def our_stands(model, x, y, **options):
-    return stands(model, x, y, random_start=False, batch_size=128, **options)
+    return stands(model, x, y, random_start=False, batch_size=BATCH, **options)
 
 
 def test_pgd_20(subject, capsys):
     options = subject.ball | {"steps": 20}
-    x, y = subject.x[:128], subject.y[:128]
+    x, y = subject.x[:BATCH], subject.y[:BATCH]
     contenders = {}
     if importlib.util.find_spec("torchattacks"):
         contenders["torchattacks"] = lambda: torchattacks_pgd(subject.model, x, y, **options)

@@ -197,11 +197,12 @@ class _NewQueries:
         margin, loss = self.margin.clone(), self.loss.clone()
         if new.any():
             # To take all is sooner than to take nearly all.
-            asked = torch.ones_like(new) if new.double().mean() > _NEARLY_ALL else new
+            all_asked = new.double().mean() > _NEARLY_ALL
+            asked = torch.ones_like(new) if all_asked else new
             if self.pays:
-                rows, window = None if asked.all() else asked.nonzero(as_tuple=True)[0], _bounds(moved.any(0).any(0))
+                rows, window = None if all_asked else asked.nonzero(as_tuple=True)[0], _bounds(moved.any(0).any(0))
                 self.answer = lambda x: self.local(x, rows, window)
-            found = self.ask(x, y) if asked.all() else self.ask(x[asked], y[asked])
+            found = self.ask(x, y) if all_asked else self.ask(x[asked], y[asked])
             margin[new], loss[new] = (value[new[asked]] for value in found)
         closer = loss < self.loss
         better = new & (closer | (margin <= 0))

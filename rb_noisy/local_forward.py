@@ -53,6 +53,7 @@ class LocalForward:
         # Not an fx.Interpreter, whose ways through a node take longer than many a convolution of a few pixels.
         self.graph = graph
         self.steps = [(node, self._step(node)) for node in graph.graph.nodes]
+        self.flat = {node for node, _ in self.steps if _flat(node)}
         last_reader = {before: node for node, _ in self.steps for before in node.all_input_nodes}
         self.spent: dict[fx.Node, list[fx.Node]] = {node: [] for node, _ in self.steps}
         for before, node in last_reader.items():
@@ -151,7 +152,7 @@ class LocalForward:
                 value, x = (node.args[0] if x is None else x), None  # the first is the image, others have their default
             else:
                 self.overwrite = node in self.overwriting
-                args = tuple(map(value_of, node.args)) if _flat(node) else fx.node.map_arg(node.args, value_of)
+                args = tuple(map(value_of, node.args)) if node in self.flat else fx.node.map_arg(node.args, value_of)
                 kwargs = fx.node.map_arg(node.kwargs, value_of) if node.kwargs else {}
                 value = step(args, kwargs)
             if isinstance(value, _Patch):

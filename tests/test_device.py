@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from rb_noisy import device
+
 # How often the system had to provide a page while large tensors came and went.
 FAULTS = """
 import resource, torch
@@ -34,8 +36,6 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    from rb_noisy import device
-
     def no_library(name):
         raise OSError(name)
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -39,6 +40,7 @@ NAMES = ("cat, tabby", 'the "dog"', HOSTILE, "Hündin\r\nalt", " =1+1")
 N = 24
 GIVEN = torch.arange(N) % 5
 SUGGESTED = (GIVEN + torch.arange(N) // 5) % 5  # the first five agree with the given label
+SEEDS = itertools.count()
 FILES = [f"{c}/some folder/a,b {i:03d} {HOSTILE[:10]}.png" for i, c in enumerate(GIVEN.tolist())]
 
 
@@ -49,9 +51,10 @@ def issues(order=None):
     return LabelIssues(order, GIVEN[order], SUGGESTED[order], kappa, 9 - kappa, score, 0.25, NAMES)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def data():
-    x = torch.randint(0, 256, (N + 5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float() / 255
+    """Other images for each test, so that no page has the decisions of an earlier one."""
+    x = torch.randint(0, 256, (N + 5, 3, 8, 8), generator=torch.Generator().manual_seed(next(SEEDS))).float() / 255
     return Dataset("mine", x[:N], GIVEN, x[N:], torch.arange(5), NAMES)
 
 
@@ -174,7 +177,7 @@ def browser(folder):
         yield driver
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page(data, folder):
     write_gallery(folder / "page.html", issues(), data.x_train, "mine", files=FILES)
     return folder / "page.html"
@@ -182,9 +185,6 @@ def page(data, folder):
 
 @pytest.fixture
 def fresh(browser, page):
-    """The page without decisions of an earlier test."""
-    show(browser, page.as_uri())
-    browser.execute_script("localStorage.clear()")
     return show(browser, page.as_uri())
 
 

@@ -18,23 +18,26 @@
     return sample.label === sample.suggested ? "accepted" : "another class";
   }
 
-  // Where the browser keeps nothing (some do not for files, or in private windows), the page works and says so.
-  function kept() {
+  // One entry for each sample: those of samples that this page does not show stay, and a browser that gives a page
+  // an old value (Chromium does, seldom, where one of its processes wrote it just before it left) cannot lose another's.
+  const entry = (sample) => `${facts.key} ${sample.index}`;
+
+  function kept(sample) {
     try {
-      return JSON.parse(localStorage.getItem(facts.key)) ?? {};
+      return JSON.parse(localStorage.getItem(entry(sample)));
     } catch {
-      return {};
+      return null;
     }
   }
 
+  // Where the browser keeps nothing (some do not for files, or in private windows), the page works and says so.
   function keep(changed) {
     try {
-      const labels = kept(); // another tab's decisions, and those on samples that this page does not show, stay
+      localStorage.setItem("rb-noisy", ""); // for nothing but to fail
       for (const sample of changed) {
-        if (sample.label === null) delete labels[sample.index];
-        else labels[sample.index] = sample.label;
+        if (sample.label === null) localStorage.removeItem(entry(sample));
+        else localStorage.setItem(entry(sample), sample.label);
       }
-      localStorage.setItem(facts.key, JSON.stringify(labels));
     } catch {
       one("#unkept").hidden = false;
     }
@@ -210,9 +213,8 @@
   for (const id of ["#reset", "#reset-too"]) one(id).addEventListener("click", reset);
   addEventListener("hashchange", filter);
 
-  const labels = kept();
   for (const sample of samples) {
-    const label = labels[sample.index];
+    const label = kept(sample);
     if (Number.isInteger(label) && label >= 0 && label < facts.classes.length) sample.label = label;
   }
   keep([]);

@@ -110,8 +110,9 @@ class Subject:
     processes: Processes
 
     def folder(self, out: Path) -> Path:
-        """Where this model's verdicts are kept: one folder for each set of weights."""
-        return out / f"{self.label}-{self.weights_sha256[:8]}"
+        """Where this model's verdicts are kept: one folder for each set of weights, images, ε and norm."""
+        data = f"{dataset_label(self.dataset)}-{len(self.x)}"
+        return out / f"{self.label}-{self.weights_sha256[:8]}-{data}-{self.norm}-{self.eps:g}"
 
     def describe(self, *, seed: int, batch_size: int) -> dict[str, Any]:
         """What every published figure carries."""

@@ -70,8 +70,8 @@ def children(pid):
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def folder(out, run, label="tiny"):
-    return out / f"{label}-{sha256(run.path / 'final.safetensors')[:8]}"
+def folder(out, run, n=60, label="tiny", eps=0.15):
+    return out / f"{label}-{sha256(run.path / 'final.safetensors')[:8]}-quadrants-{n}-Linf-{eps}"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def everything(run, tmp_path_factory):
     """One command on a run folder, from another directory."""
     out = tmp_path_factory.mktemp("everything")
     done = command("eval", "--model", run.path, "--n", COUNT, "--out", out, cwd=out)
-    return done.stdout, registry.read_results(registry.results_file(run.path, "final")), folder(out, run)
+    return done.stdout, registry.read_results(registry.results_file(run.path, "final")), folder(out, run, COUNT)
 
 
 def test_one_command_measures_everything_and_says_where_the_model_stands(everything):
@@ -134,7 +134,7 @@ def test_two_processes_killed_and_launched_again_reach_the_verdicts_of_one(run, 
         )
 
     killed = launch("eval.autoattack")
-    state = folder(shared, run) / ".autoattack.state.1of2.npz"
+    state = folder(shared, run, 4) / ".autoattack.state.1of2.npz"
     deadline = time.monotonic() + 100
     while not state.exists():
         assert killed.poll() is None
@@ -144,15 +144,15 @@ def test_two_processes_killed_and_launched_again_reach_the_verdicts_of_one(run, 
     assert killed.wait(60) != 0
     assert not (shared / "figures.json").exists()
     # What a kill in the midst of writing leaves; when exactly it comes cannot be arranged.
-    (folder(shared, run) / "..autoattack.state.0of2.1.tmp.npz").write_bytes(b"half")
+    (folder(shared, run, 4) / "..autoattack.state.0of2.1.tmp.npz").write_bytes(b"half")
     resumed = launch("eval")
     printed = resumed.communicate(timeout=200)[0]
     assert resumed.returncode == 0
     assert printed.count("AutoAttack, standard version") == 1, "one process prints"
-    left = [file.name for file in folder(shared, run).iterdir() if file.name.startswith(".")]
+    left = [file.name for file in folder(shared, run, 4).iterdir() if file.name.startswith(".")]
     assert not left, "a finished evaluation leaves nothing to resume"
     for file in ("pgd-20.npz", "autoattack.npz", "calibration.npz"):
-        with np.load(folder(alone, run) / file) as one, np.load(folder(shared, run) / file) as two:
+        with np.load(folder(alone, run, 4) / file) as one, np.load(folder(shared, run, 4) / file) as two:
             assert one.files == two.files
             assert all(np.array_equal(one[name], two[name]) for name in one.files)
     one, two = (json.loads((out / "figures.json").read_text()) for out in (alone, shared))
@@ -201,13 +201,25 @@ def test_figures_enter_the_card_of_a_zoo_model_unless_its_setting_is_another(run
     assert registry.read_card("mine", zoo)["results"].get("pgd-20") == before
     assert call(pgd.main, *common).exit_code == 0
     assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
-    assert json.loads((folder(tmp_path, run, "mine") / "pgd-20.json").read_text())["pgd-20"]["n"] == 60
+    assert json.loads((folder(tmp_path, run, label="mine") / "pgd-20.json").read_text())["pgd-20"]["n"] == 60
     card = registry.read_card("mine", zoo)
     for other in (["--n", 10], ["--seed", 1]):
         assert "keeps those it has" in call(pgd.main, *common, *other).output
         assert registry.read_card("mine", zoo) == card
     assert "entered" in call(pgd.main, *common, "--seed", 1, "--replace").output
     assert registry.read_card("mine", zoo)["results"]["pgd-20"]["seed"] == 1
+
+
+def test_another_epsilon_or_fewer_images_leave_earlier_verdicts_where_they_are(run, tmp_path):
+    for options in (["--n", 20], ["--n", 10], ["--n", 10, "--eps", 0.05]):
+        arguments = ["--model", run.path, "--out", tmp_path, "--json", tmp_path / "f.json"]
+        assert call(pgd.main, *arguments, *options).exit_code == 0
+    for n, eps in ((20, 0.15), (10, 0.15), (10, 0.05)):
+        place = folder(tmp_path, run, n, eps=eps)
+        with np.load(place / "pgd-20.npz") as verdicts:
+            assert len(verdicts["natural"]) == n
+        figures = json.loads((place / "pgd-20.json").read_text())["pgd-20"]
+        assert (figures["n"], figures["eps"]) == (n, eps)
 
 
 def test_presets_are_the_papers_settings(run, tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rb_noisy.errors import InputError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -35,6 +37,28 @@ def left_by_killed(path: str | os.PathLike) -> list[Path]:
     """The temporary files of writers of `path` that were killed; of living ones too, so ask when none writes."""
     path = Path(path)
     return sorted(path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{path.suffix}"))
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep a folder to oneself; what another process keeps is refused, and its end, however it comes, frees it.
+
+    Raises:
+        InputError: another holds the folder.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process writes to {folder}; wait for its end, or name another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -17,10 +17,11 @@ processes each keep their own statistics within an epoch; at its end they are av
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
-from rb_noisy.files import atomic_path, write_json
+from rb_noisy.files import atomic_path, only_writer, write_json
 from rb_noisy.processes import leave_group_at_exit
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
@@ -90,7 +91,8 @@ def train(
         on_epoch: called with the metrics of each finished epoch.
 
     Raises:
-        InputError: the folder holds another run, or the recipe cannot be carried out.
+        InputError: the folder holds another run or another training is under way there, or the recipe cannot be
+            carried out.
         TrainingDiverged: the loss became NaN or infinite.
     """
     limit = math.inf if max_minutes is None else max_minutes
@@ -98,7 +100,8 @@ def train(
         if minutes is None or not minutes > 0:
             raise InputError(f"{name} is {minutes}; give a number above 0")
     trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit, compiled)
-    return trainer.run(on_batch, on_epoch)
+    with trainer.hold_folder():
+        return trainer.run(on_batch, on_epoch)
 
 
 class _Trainer:
@@ -184,6 +187,17 @@ class _Trainer:
     def evaluated(self) -> nn.Module:
         """The network that is measured and saved: with weight averaging the averaged one."""
         return self.model if self.averager is None else self.averager.model
+
+    @contextlib.contextmanager
+    def hold_folder(self) -> Iterator[None]:
+        """Two trainings in one folder would overwrite each other's files."""
+        with contextlib.ExitStack() as held:
+            if self.accelerator.is_main_process:
+                held.enter_context(only_writer(self.path))
+                for left in self.path.rglob(".*.tmp.safetensors"):  # by one that was killed as it wrote
+                    left.unlink()
+            self.accelerator.wait_for_everyone()
+            yield
 
     def run(
         self,

@@ -162,7 +162,7 @@ def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_rec
         assert a | {"seconds": 0} == b | {"seconds": 0}
 
 
-def test_the_command_resumes_after_a_real_sigkill(tiny_recipe, tmp_path):
+def test_the_command_resumes_after_a_real_sigkill_and_no_sooner(tiny_recipe, tmp_path):
     recipe = tiny_recipe(method="pgd-at+sglr", epochs=6)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     whole = train(recipe, tmp_path / "whole")
@@ -179,10 +179,16 @@ def test_the_command_resumes_after_a_real_sigkill(tiny_recipe, tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    second = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2
+    assert "another process writes to" in second.stderr + second.stdout
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "run" / ".state.1.tmp.safetensors").write_bytes(b"what a kill in the midst of writing leaves")
     again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
+    assert not list((tmp_path / "run").glob(".*"))
     assert same(weights(whole), weights(Run.open(tmp_path / "run")))
 
 

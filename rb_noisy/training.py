@@ -34,11 +34,12 @@ from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
-from rb_noisy.files import atomic_path, only_writer, write_json
+from rb_noisy.files import atomic_path, left_by_killed, only_writer, write_json
 from rb_noisy.processes import leave_group_at_exit
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import (
+    CHECKPOINTS,
     Run,
     check_folder,
     history_file,
@@ -194,8 +195,11 @@ class _Trainer:
         with contextlib.ExitStack() as held:
             if self.accelerator.is_main_process:
                 held.enter_context(only_writer(self.path))
-                for left in self.path.rglob(".*.tmp.safetensors"):  # by one that was killed as it wrote
-                    left.unlink()
+                written = [self.path / f"{name}.safetensors" for name in CHECKPOINTS]
+                written += [self.checkpoint.file, self.path / "metrics.jsonl"]
+                for file in (*written, history_file(self.path, self.progress.epoch)):
+                    for left in left_by_killed(file):
+                        left.unlink()
             self.accelerator.wait_for_everyone()
             yield
 

@@ -163,7 +163,7 @@ def test_a_sigkilled_run_resumes_to_the_same_weights_bit_by_bit(moment, tiny_rec
 
 
 def test_the_command_resumes_after_a_real_sigkill_and_no_sooner(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(method="pgd-at+sglr", epochs=6)
+    recipe = tiny_recipe(method="pgd-at+sglr", epochs=20)  # seconds, so that it is not over when it is stopped
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     whole = train(recipe, tmp_path / "whole")
     command = [sys.executable, "-m", "rb_noisy", "train", "--out", str(tmp_path / "run")]

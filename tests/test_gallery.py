@@ -185,7 +185,19 @@ def page(data, folder):
 
 @pytest.fixture
 def fresh(browser, page):
-    return show(browser, page.as_uri())
+    return load(browser, page.as_uri())
+
+
+def load(browser, address, **how):
+    return loaded(show(browser, address, **how))
+
+
+def loaded(browser):
+    """The page with the decisions that the browser keeps, which come after it."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 10, 0.02).until(lambda b: not b.find_elements("css selector", "#samples[aria-busy=true]"))
+    return browser
 
 
 def states(browser):
@@ -240,7 +252,7 @@ def test_filters_by_class_decision_and_name_stand_in_the_address(fresh, browser)
     assert list(states(browser)) == [22, 17, 12, 7, 2]
     choose(browser, "[data-filter=suggested]", 4)
     assert list(states(browser)) == [12]
-    assert list(states(show(browser, browser.current_url))) == [12]
+    assert list(states(load(browser, browser.current_url))) == [12]
     choose(browser, "[data-filter=find]", "nothing like it")
     assert browser.find_element("id", "none").is_displayed()
     click(browser, "#reset-too")
@@ -311,13 +323,14 @@ def test_decisions_survive_a_reload_and_another_page_of_the_data(fresh, browser,
     pick(browser, 9, 1)
     decided = {23: "accepted", 1: "kept", 9: "another class"}
     browser.refresh()
+    loaded(browser)
     assert {index: state for index, state in states(browser).items() if state != "undecided"} == decided
     assert browser.execute_script("return document.querySelector(arguments[0]).value", sample(9) + " select") == "1"
     write_gallery(folder / "short.html", issues(), data.x_train, "mine", top=2)
-    show(browser, (folder / "short.html").as_uri())
+    load(browser, (folder / "short.html").as_uri())
     assert states(browser) == {23: "accepted", 22: "undecided"}
     click(browser, ".sample:nth-child(2) [data-choose=given]")
-    show(browser, (folder / "page.html").as_uri())
+    load(browser, (folder / "page.html").as_uri())
     assert {i: s for i, s in states(browser).items() if s != "undecided"} == decided | {22: "kept"}
     assert not browser.find_element("id", "unkept").is_displayed()
 
@@ -325,7 +338,7 @@ def test_decisions_survive_a_reload_and_another_page_of_the_data(fresh, browser,
 @needs_browser
 def test_a_browser_that_keeps_nothing_says_so_and_goes_on(browser, data):
     text = gallery(issues(), data.x_train, "mine", top=3)
-    show(browser, "data:text/html;base64," + base64.b64encode(text.encode()).decode())
+    load(browser, "data:text/html;base64," + base64.b64encode(text.encode()).decode())
     assert browser.find_element("id", "unkept").is_displayed()
     click(browser, "[data-choose=suggested]")
     assert states(browser) == {23: "accepted", 22: "undecided", 21: "undecided"}
@@ -365,7 +378,7 @@ def test_the_downloaded_corrections_give_the_corrected_labels(fresh, browser, da
 @needs_browser
 def test_a_phone_never_scrolls_sideways(fresh, browser, page):
     click(browser, sample(23) + " [data-choose=suggested]")
-    show(browser, page.as_uri(), width=360)
+    load(browser, page.as_uri(), width=360)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 360
     click(browser, "summary")
     assert browser.execute_script("return document.documentElement.scrollWidth") == 360
@@ -377,10 +390,10 @@ def test_text_is_readable_in_light_and_in_dark(fresh, browser, page):
     click(browser, sample(22) + " [data-choose=given]")
     parts = ["body", ".muted", ".file", ".labels b", "dt", sample(23) + " .state", sample(22) + " .muted"]
     parts += ["[aria-pressed=true]", "[aria-pressed=false]", "footer p", "#download"]
-    seen = [assert_readable(show(browser, page.as_uri(), scheme=scheme), parts) for scheme in ("light", "dark")]
+    seen = [assert_readable(load(browser, page.as_uri(), scheme=scheme), parts) for scheme in ("light", "dark")]
     assert seen[0][0][2] != seen[1][0][2]
 
 
 @needs_browser
 def test_no_error_no_request_and_no_hostile_script(fresh, browser, page):
-    assert_quiet(browser, lambda: show(browser, page.as_uri()))
+    assert_quiet(browser, lambda: load(browser, page.as_uri()))

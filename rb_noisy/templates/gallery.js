@@ -18,29 +18,51 @@
     return sample.label === sample.suggested ? "accepted" : "another class";
   }
 
-  // One entry for each sample: those of samples that this page does not show stay, and a browser that gives a page
-  // an old value (Chromium does, seldom, where one of its processes wrote it just before it left) cannot lose another's.
-  const entry = (sample) => `${facts.key} ${sample.index}`;
+  // Decisions are kept in IndexedDB and not in localStorage: Chromium gives pages that are files an old localStorage, or
+  // loses what they wrote, about once in twenty times that one is left for another. Each has a record of its own, so
+  // that those of samples that this page does not show stay.
+  const database = new Promise((resolve, reject) => {
+    const request = indexedDB.open("rb-noisy");
+    request.onupgradeneeded = () => request.result.createObjectStore("decisions", { keyPath: ["data", "index"] });
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+  // Where the browser keeps nothing (some do not for files, or in private windows), the page works and says so.
+  const unkept = () => (one("#unkept").hidden = false);
 
-  function kept(sample) {
+  async function keep(changed) {
     try {
-      return JSON.parse(localStorage.getItem(entry(sample)));
+      const transaction = (await database).transaction("decisions", "readwrite");
+      transaction.onabort = unkept;
+      const decisions = transaction.objectStore("decisions");
+      for (const { index, label } of changed) {
+        if (label === null) decisions.delete([facts.key, index]);
+        else decisions.put({ data: facts.key, index, label });
+      }
+      transaction.commit(); // at once: the page may be left
     } catch {
-      return null;
+      unkept();
     }
   }
 
-  // Where the browser keeps nothing (some do not for files, or in private windows), the page works and says so.
-  function keep(changed) {
+  async function load() {
     try {
-      localStorage.setItem("rb-noisy", ""); // for nothing but to fail
-      for (const sample of changed) {
-        if (sample.label === null) localStorage.removeItem(entry(sample));
-        else localStorage.setItem(entry(sample), sample.label);
+      const decisions = (await database).transaction("decisions").objectStore("decisions");
+      const request = decisions.getAll(IDBKeyRange.bound([facts.key], [facts.key, []]));
+      await new Promise((resolve, reject) => {
+        request.onsuccess = resolve;
+        request.onerror = () => reject(request.error);
+      });
+      const labels = new Map(request.result.map(({ index, label }) => [index, label]));
+      for (const sample of samples) {
+        if (sample.label === null && labels.get(sample.index) in facts.classes) sample.label = labels.get(sample.index);
       }
     } catch {
-      one("#unkept").hidden = false;
+      unkept();
     }
+    samples.forEach(paint);
+    filter();
+    list.removeAttribute("aria-busy");
   }
 
   // The address after # holds the filters, so that a link to it does too.
@@ -213,12 +235,8 @@
   for (const id of ["#reset", "#reset-too"]) one(id).addEventListener("click", reset);
   addEventListener("hashchange", filter);
 
-  for (const sample of samples) {
-    const label = kept(sample);
-    if (Number.isInteger(label) && label >= 0 && label < facts.classes.length) sample.label = label;
-  }
-  keep([]);
-  samples.forEach(paint);
+  list.setAttribute("aria-busy", "true"); // until the decisions are there
   makeCurrent(current);
   filter();
+  load();
 }

@@ -6,7 +6,9 @@ them) and lie in channels_last; with `compiled`, `torch.compile` fuses what is l
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import operator
 
 import torch
@@ -16,10 +18,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 # Compiled for batches of any multiple of this: one graph, where other sizes would be compiled anew.
 _MULTIPLE = 16
+# What a form may differ by, and on how many images it is compared: logits relative to the largest, gradients to their
+# length. On a GPU convolutions may round to TF32, of the folded weights otherwise than of the plain ones.
+_FEW = 4
+_TOLERANCES = {"cpu": (1e-4, 1e-2)}
+_ROUNDED = (1e-2, 1e-1)
 
 
 def fast_form(model: nn.Module, *, compiled: bool = False, half: bool = False) -> FastForm:
     """A copy of `model` for evaluation and attacks, whose logits agree with it up to rounding (1e-4 in fp32).
+
+    A network can do what a copy of its operations does not: hooks, gradients of its own, random numbers. So the copy is
+    compared with the network, in logits and in input gradients, on the first images that it gets; where they differ a
+    copy with less folded takes its place, in the end the network itself.
 
     Args:
         model: takes images (N, C, H, W), returns logits (N, K). It is left as it is; the copy is in eval mode, on its
@@ -29,7 +40,8 @@ def fast_form(model: nn.Module, *, compiled: bool = False, half: bool = False) -
         half: in bf16 (autocast), for a first pass or an estimate: logits agree to about 1%, so a verdict may differ.
 
     Returns:
-        A network with the same arguments and results. Later changes of the model's weights reach it by `update`.
+        A network with the same arguments and results. Changes of the model's weights after its first images reach it by
+        `update`.
     """
     return FastForm(model, compiled=compiled, half=half)
 
@@ -38,34 +50,49 @@ class FastForm(nn.Module):
     """See `fast_form`.
 
     Attributes:
-        graph: the network as a graph of operations; None where it could not be traced.
+        graph: the network as a graph of operations; None where that is not what the network does.
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool, half: bool):
         super().__init__()
-        form = copy.deepcopy(model).eval()
+        # Not one of the modules: it is neither moved with this one nor put into its mode.
+        object.__setattr__(self, "model", model)
+        self.compiled, self.half, self.verified = compiled, half, False
+        self._copy(torch.channels_last, traced=True)
+        self.eval()
+
+    def _copy(self, layout: torch.memory_format, *, traced: bool) -> None:
+        self.layout, self.multiple = layout, _MULTIPLE if self.compiled else 1
+        self.graph: fx.GraphModule | None = None
+        self.folded: dict[str, str] = {}
         try:
-            self.graph: fx.GraphModule | None = fx.symbolic_trace(form)
-        except Exception:  # whatever the network's own code does with what stands for its input while it is traced
-            self.graph = None
-        self.folded = {} if self.graph is None else _fold(self.graph)
+            form = copy.deepcopy(self.model).eval()
+        except Exception:  # it keeps tensors of its last pass, for one
+            return self._take_none()
+        with contextlib.suppress(Exception):  # its own code meets what stands for its input while it is traced
+            self.graph = fx.symbolic_trace(form) if traced else None
         if self.graph is not None:
-            _rectify_in_place(self.graph)
-        form = form if self.graph is None else self.graph
+            form, self.folded = self.graph, _fold(self.graph)
+            _rectify_in_place(form)
         for parameter in form.parameters():
             parameter.requires_grad_(False)
         for module in form.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
-        self.form, self.half, self.multiple = form, half, _MULTIPLE if compiled else 1
-        self.call = torch.compile(form, dynamic=True) if compiled else form
-        self.update(model)
-        self.eval()
+                module.to(memory_format=layout)
+        self.form: nn.Module | None = form
+        self.call = torch.compile(form, dynamic=True) if self.compiled else form
+        self.update(self.model)
+
+    def _take_none(self) -> None:
+        """The network itself does the work from now on."""
+        self.graph, self.folded, self.form, self.call, self.multiple = None, {}, None, None, 1
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take over the weights and BatchNorm statistics that `model`, which this was made of, has now."""
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        if self.form is None:
+            return
+        state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         for name, value in (*self.form.named_parameters(), *self.form.named_buffers()):
             if name.rpartition(".")[0] not in self.folded and name in state:  # tracing adds constants of its own
                 value.copy_(state[name])
@@ -77,14 +104,79 @@ class FastForm(nn.Module):
             folded.weight.copy_(weight)
             folded.bias.copy_(bias)
 
+    def verify(self, x: Tensor) -> None:
+        """Compare with the network on some of the images x (N, C, H, W), once; see `fast_form`.
+
+        The first call of this form does so by itself. A network in training mode is compared as it is in eval mode.
+        """
+        if self.verified:
+            return
+        self.update(self.model)  # which may have changed since
+        few, tolerances = x[:_FEW], _TOLERANCES.get(x.device.type, _ROUNDED)
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), _in_eval_mode(self.model):
+            wanted = _answers(self.model, few)
+            unfolded = ((torch.contiguous_format, True), (torch.channels_last, False), (torch.contiguous_format, False))
+            for other in (None, *unfolded):
+                if other is not None and self.form is not None:
+                    self._copy(other[0], traced=other[1])
+                # As of a view of what lies in another order. A graph prints its errors, too.
+                with contextlib.suppress(RuntimeError), contextlib.redirect_stderr(io.StringIO()):
+                    found = wanted if self.form is None else _answers(self._in_layout, few)
+                    if all(_agree(*pair) for pair in zip(found, wanted, tolerances, strict=True)):
+                        break
+            else:
+                self._take_none()
+        self.verified = True
+
+    def _in_layout(self, x: Tensor) -> Tensor:
+        return self.form(x.contiguous(memory_format=self.layout))
+
     def forward(self, x: Tensor) -> Tensor:
+        self.verify(x)
         count = len(x)
         missing = -count % self.multiple
         if missing:
             x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.call(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, torch.bfloat16) if self.half else contextlib.nullcontext():
+            logits = self.model(x) if self.form is None else self.call(x.contiguous(memory_format=self.layout))
         return logits[:count].to(x.dtype)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module):
+    """A network that is being trained; one in eval mode may have parts that are meant not to be."""
+    if not model.training:
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient with respect to x of their sum with unequal weights."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = network(x).float()
+        weights = torch.arange(1.0, logits.shape[1] + 1, device=x.device).cos()
+        gradient = None
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), x, allow_unused=True)
+    return logits.detach(), torch.zeros_like(x) if gradient is None else gradient
+
+
+def _agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    finite = wanted.isfinite()
+    if found.shape != wanted.shape or not torch.equal(finite, found.isfinite()):
+        return False
+    difference, size = (found - wanted)[finite], wanted[finite]
+    if wanted.dim() == 2:
+        return bool(difference.abs().max().item() <= tolerance * max(1.0, size.abs().max().item())) if len(size) else True
+    return bool(difference.norm() <= tolerance * size.norm())
 
 
 def _fold(graph: fx.GraphModule) -> dict[str, str]:
@@ -100,7 +192,7 @@ def _fold(graph: fx.GraphModule) -> dict[str, str]:
         if not (node.op == "call_module" and isinstance(before, fx.Node) and before.op == "call_module"):
             continue
         conv, norm = modules[before.target], modules[node.target]
-        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats):
+        if not (_plain(conv, nn.Conv2d) and _plain(norm, nn.BatchNorm2d) and norm.track_running_stats):
             continue
         if len(before.users) > 1 or calls.count(before.target) > 1 or calls.count(node.target) > 1:
             continue
@@ -111,6 +203,11 @@ def _fold(graph: fx.GraphModule) -> dict[str, str]:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return folded
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of just this kind, without hooks: these, and parametrizations, make weights of their own."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _rectify_in_place(graph: fx.GraphModule) -> None:

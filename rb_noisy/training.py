@@ -155,7 +155,10 @@ class _Trainer:
         # What Accelerate makes of the network cannot be copied.
         in_eval_mode = recipe.attack_mode == "eval" and recipe.make_objective().attack_loss is not None
         half = recipe.precision == "bf16"
-        attacked = fast_form(self.model, compiled=compiled, half=half).to(self.device) if in_eval_mode else None
+        attacked = fast_form(self.model, compiled=compiled, half=half) if in_eval_mode else None
+        if attacked is not None:
+            attacked.verify(data.x_train[:4])  # now: what Accelerate makes of the network may be in half precision
+            attacked.to(self.device)
         # Drawn from the seed alone, also where the run is resumed.
         self.tracker.start = {n: p.detach().clone().to(self.device) for n, p in self.model.named_parameters()}
         self.class_names = data.class_names

@@ -73,6 +73,7 @@ def test_a_timm_network_has_a_fast_form():
 def test_an_update_brings_it_to_the_weights_of_now(name):
     model, x = build(name)
     fast = fast_form(model)
+    fast(x)
     model.train()(x)  # moves the BatchNorm statistics
     model.eval()
     with torch.no_grad():

@@ -73,7 +73,8 @@ def evaluate(
             rows, broken_by, warnings = torch.arange(len(subject.x)), result.broken_by, list(result.warnings)
         else:
             options = {"seed": seed, "batch_size": batch_size, "file": state}
-            rows, broken_by, warnings = attack_for(minutes, subject, attack, **options)
+            settings = {"reference": reference, "attacks": list(attacks)}
+            rows, broken_by, warnings = attack_for(minutes, subject, attack, settings=settings, **options)
     figures = subject.describe(seed=seed, batch_size=batch_size) | {
         "n": len(rows),
         "attack": ("AutoAttack in bf16: an estimate" if estimate else "AutoAttack, standard version")

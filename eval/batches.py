@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.common import Subject, progress_bar
+from eval.common import Subject, images_digest, progress_bar
 from rb_noisy.errors import InputError
-from rb_noisy.files import atomic_path
+from rb_noisy.files import UNREADABLE, atomic_path
 from rb_noisy.processes import Processes, forget_state, own_file, state_files
 
 Measured = dict[str, Tensor]
@@ -42,7 +41,8 @@ def in_batches(
     total, processes = len(subject.x), subject.processes
     count = math.ceil(total / batch_size)
     file = subject.folder(folder) / f".{stage}.state.npz"
-    key = json.dumps({**subject.describe(seed=settings["seed"], batch_size=batch_size), **settings, "date": None})
+    about = subject.describe(seed=settings["seed"], batch_size=batch_size) | {"images": images_digest(subject)}
+    key = json.dumps({**about, **settings, "date": None})
     parts: dict[int, Measured] = {}
     for state in state_files(file):
         parts |= _read_state(state, key)
@@ -90,6 +90,6 @@ def _read_state(file: Path, key: str) -> dict[int, Measured]:
                 number, dot, array = name.partition(".")
                 if dot:
                     parts.setdefault(int(number), {})[array] = torch.from_numpy(state[name])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise InputError(f"{file} is damaged ({error}); delete it to start this evaluation over") from error
     return parts

@@ -377,11 +377,15 @@ def enter(
         console.print(f"{evaluation} figures {outcome}", soft_wrap=True)
 
 
+def images_digest(subject: Subject) -> str:
+    """SHA-256 of the images and labels, which data of the same name and number may not have."""
+    return tensors_digest([("x", subject.x), ("y", subject.y)])
+
+
 def _measured_on(subject: Subject) -> dict[str, np.ndarray]:
-    images = tensors_digest([("x", subject.x)])
     return {
         "y": subject.y.numpy(),
-        "images_sha256": np.array(images),
+        "images_sha256": np.array(tensors_digest([("x", subject.x)])),
         "weights_sha256": np.array(subject.weights_sha256),
     }
 

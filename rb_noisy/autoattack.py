@@ -123,7 +123,8 @@ def run_autoattack(
 
     The attacks run on the fast form of the model (`fast`, else made here: `rb_noisy.fast.fast_form`) and are spared
     passes that cannot change a verdict; what they find is confirmed by the model itself. `reference` leaves both out,
-    and so does a model whose own passes compute gradients or draw random numbers.
+    and so does a model whose own passes compute gradients or draw random numbers, or whose logits of an image depend
+    on the others of its batch.
 
     Several `processes`, each of which makes this same call, share the batches; all return the whole result. Each has
     a state file of its own beside `state_path` and reads those of all, so that another number of them may go on.
@@ -137,7 +138,8 @@ def run_autoattack(
         model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
     )
     _check_arguments(task)
-    settings = _settings(task, return_adversarials)
+    half = fast is not None and fast.half and not reference
+    settings = _settings(task, return_adversarials) | {"precision": "bf16" if half else "fp32"}
     log = Warnings()
     state = None if state_path is None else load(state_path, settings, x, log)
     if state is None:
@@ -152,10 +154,11 @@ def run_autoattack(
     if state.attack < len(task.attacks):
         keep()
         # The attacks seed torch's global generator before every batch.
-        with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=_devices(task.device)):
             adversary = _build_attacks(task, log)
             dynamic = _check_defence(task, adversary, log)
-            if not (reference or dynamic or any("andomized" in message for message in log.messages.values())):
+            random = any("andomized" in message for message in log.messages.values())
+            if not (reference or dynamic or random or _looks_at_the_batch(task, log)):
                 spare_passes(adversary, fast_form(model) if fast is None else fast)
             with torch.no_grad(), _frozen([] if dynamic else list(model.parameters())):
                 _attack(task, adversary, state, keep)
@@ -322,6 +325,26 @@ def _check_defence(task: _Task, adversary: Any, log: Warnings) -> bool:
     for attack in targeted:
         attack.n_target_classes = min(attack.n_target_classes, classes - 1)
     return any(checks.funcs.values())
+
+
+def _looks_at_the_batch(task: _Task, log: Warnings) -> bool:
+    """Whether an image's logits depend on the other images: what is broken may then not leave the batch."""
+    x = task.x[: task.batch_size].to(task.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=_devices(task.device)):
+        together, alone = task.model(x)[:1], task.model(x[:1])
+    scale = max(1.0, together.nan_to_num().abs().max().item())
+    apart = not torch.allclose(together / scale, alone / scale, rtol=0, atol=1e-3, equal_nan=True)
+    if apart:
+        log.warning("the logits of an image depend on the other images of its batch, and so do the verdicts")
+    return apart or any(module.training for module in task.model.modules())
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """Those whose random state the attacks use: they seed the current one, too."""
+    if not torch.cuda.is_available():
+        return []
+    current = torch.device("cuda", torch.cuda.current_device())
+    return list(dict.fromkeys([current, *([device] if device.type == "cuda" and device.index is not None else [])]))
 
 
 def _check_square(task: _Task, state: State, log: Warnings) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ import torch
 from torch import Tensor
 
 from rb_noisy.errors import InputError
-from rb_noisy.files import atomic_path
+from rb_noisy.files import UNREADABLE, atomic_path
 from rb_noisy.processes import Processes, state_files
 
 SURVIVED, WRONG = -1, 0
-# What reading a file can raise that is not the one that was written.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -105,7 +101,7 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
             x_adv = torch.from_numpy(file["x_adv"]) if "x_adv" in file else None
         attack, batches, messages = about.pop("attack"), set(about.pop("batches")), about.pop("warnings")
         size = about.pop("size")
-    except _DAMAGE as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is no readable AutoAttack state ({error}); delete it or give another path") from error
     differing = [key for key in settings if about.get(key) != settings[key]]
     if differing:

@@ -174,9 +174,9 @@ def _agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     if found.shape != wanted.shape or not torch.equal(finite, found.isfinite()):
         return False
     difference, size = (found - wanted)[finite], wanted[finite]
-    if wanted.dim() == 2:
-        return bool(difference.abs().max().item() <= tolerance * max(1.0, size.abs().max().item())) if len(size) else True
-    return bool(difference.norm() <= tolerance * size.norm())
+    if wanted.dim() == 2 and len(size):
+        return difference.abs().max().item() <= tolerance * max(1.0, size.abs().max().item())
+    return difference.norm().item() <= tolerance * size.norm().item()
 
 
 def _fold(graph: fx.GraphModule) -> dict[str, str]:

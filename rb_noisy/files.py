@@ -6,6 +6,8 @@ import glob
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,12 @@ import torch
 from torch import Tensor
 
 from rb_noisy.errors import InputError
+
+# What reading an .npz raises that is not the one that was written.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @contextmanager

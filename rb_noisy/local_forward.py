@@ -29,6 +29,7 @@ _MOST = 0.6
 _SAME_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
 _SAME_PLACE_FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.dropout}
 _SUMS = {operator.add, torch.add}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "setitem"}
 _SCALINGS = {operator.sub, operator.mul, operator.truediv, *_SUMS}
 
 
@@ -47,11 +48,17 @@ class LocalForward:
 
     Args:
         graph: takes images (N, C, H, W), returns logits (N, K); in eval mode.
+
+    Raises:
+        NotImplementedError: the graph writes over a map that is read again.
     """
 
     def __init__(self, graph: fx.GraphModule):
+        for node in graph.graph.nodes:
+            if _overwrites_what_is_read(node, graph):
+                raise NotImplementedError(f"{node} works in place on what others read")
         # Not an fx.Interpreter, whose ways through a node take longer than many a convolution of a few pixels.
-        self.graph = graph
+        self.graph, self.constant = graph, _constants(graph)
         self.steps = [(node, self._step(node)) for node in graph.graph.nodes]
         self.flat = {node for node, _ in self.steps if _flat(node)}
         last_reader = {before: node for node, _ in self.steps for before in node.all_input_nodes}
@@ -120,15 +127,15 @@ class LocalForward:
         return logits
 
     def _find_needed(self, x: Tensor) -> None:
-        """The nodes whose maps are ever looked up: those where the change of one pixel in a corner is still local.
+        """The nodes whose maps are looked up where one pixel changes, in a corner or within.
 
-        No other change moves less; which corner's moves least depends on where the strides begin.
+        No other change moves less; how much one pixel does depends on where the strides begin.
         """
         self._need({node for node, _ in self.steps})
         self._run_whole(x)
         self.looked_up, row = set(), torch.zeros(1, dtype=torch.int64, device=x.device)
-        h, w = x.shape[2:]
-        for r, c in product((0, h - 1), (0, w - 1)):
+        rows, columns = ({0, size // 2, size // 2 - 1, size - 1} for size in x.shape[2:])
+        for r, c in product(rows, columns):
             self(x, row, (r, r + 1, c, c + 1))
         self._need(self.looked_up)
 
@@ -166,11 +173,16 @@ class LocalForward:
 
     def _step(self, node: fx.Node) -> Callable[[tuple, dict], Any]:
         """What a node does with its arguments, among them patches."""
-        target = node.target
+        target = operator.add if node.target is operator.iadd else node.target
         if node.op == "call_function":
-            return partial(self._function, operator.add if target is operator.iadd else target)
+            if not _flat(node) or _nodes_by_name(node):
+                return lambda args, kwargs: target(*self._all_whole(args), **self._all_whole(kwargs))
+            computed = sum(arg not in self.constant for arg in node.args if isinstance(arg, fx.Node))
+            return partial(self._function, target, computed)
         if node.op == "call_method":
-            return lambda args, kwargs: getattr(self._whole(args[0]), target)(*self._all_whole(args[1:]), **kwargs)
+            return lambda args, kwargs: getattr(self._whole(args[0]), target)(
+                *self._all_whole(args[1:]), **self._all_whole(kwargs)
+            )
         if node.op == "get_attr":
             return lambda args, kwargs: operator.attrgetter(target)(self.graph)
         if node.op == "output":
@@ -178,8 +190,10 @@ class LocalForward:
         if node.op == "placeholder":
             return lambda args, kwargs: None
         module = self.graph.get_submodule(target)
+        if not _flat(node) or _nodes_by_name(node):
+            return lambda args, kwargs: module(*self._all_whole(args), **self._all_whole(kwargs))
         if isinstance(module, nn.ReLU):
-            return lambda args, kwargs: self._function(F.relu, args, {"inplace": module.inplace})
+            return lambda args, kwargs: self._function(F.relu, 1, args, {"inplace": module.inplace})
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             return partial(self._convolution, module)
         return partial(self._module, module)
@@ -202,7 +216,8 @@ class LocalForward:
                 return _Patch(None, self._convolve(module, patch, window), window, size)
         return module(self._whole(patch))
 
-    def _function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+    def _function(self, target: Any, computed: int, args: tuple, kwargs: dict) -> Any:
+        """`computed` of the arguments depend on the image; a map of one value for each channel may, too."""
         if kwargs.get("inplace"):
             kwargs = kwargs | {"inplace": self.overwrite}
         patches = [arg for arg in args if isinstance(arg, _Patch)]
@@ -211,7 +226,8 @@ class LocalForward:
         others = [arg for arg in args if not isinstance(arg, _Patch)]
         if target in _SAME_PLACE_FUNCTIONS and not any(isinstance(arg, Tensor) for arg in others):
             return replace(patches[0], values=target(patches[0].values, *args[1:], **kwargs))
-        if target in _SCALINGS and not kwargs and len(args) == 2 and all(map(_same_everywhere, others)):
+        scaled = len(patches) == computed and all(map(_same_everywhere, others))
+        if target in _SCALINGS and not kwargs and len(args) == 2 and scaled:
             if len(patches) == 1:
                 values = [arg.values if isinstance(arg, _Patch) else arg for arg in args]
                 return replace(patches[0], values=target(*values))
@@ -301,6 +317,39 @@ def _reached(patch: _Patch, conv: nn.Conv2d) -> Window:
 def _flat(node: fx.Node) -> bool:
     """Whether none of a node's arguments is a list, of nodes perhaps."""
     return not any(isinstance(arg, (tuple, list, dict, slice)) for arg in node.args)
+
+
+def _nodes_by_name(node: fx.Node) -> bool:
+    return any(isinstance(arg, fx.Node) for arg in node.kwargs.values())
+
+
+def _constants(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values do not depend on the image."""
+    constant: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        made = node.op in ("call_function", "call_method") and node.all_input_nodes
+        if node.op == "get_attr" or (made and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+    return constant
+
+
+def _overwrites_what_is_read(node: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether it works in place other than as a ReLU or a sum whose input nobody else reads."""
+    before = node.args[0] if node.args else None
+    if node.op == "call_module":
+        in_place = getattr(graph.get_submodule(node.target), "inplace", False)
+    elif node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = node.kwargs.get("inplace") or node.target in (operator.iadd,)
+        if (name.endswith("_") and not name.endswith("__")) or (name in _IN_PLACE and node.target is not operator.iadd):
+            return True
+        if node.target in _SAME_PLACE_FUNCTIONS and any(arg is True for arg in node.args):
+            return True  # `inplace` by its place, which depends on the function
+    else:
+        return False
+    return bool(in_place) and isinstance(before, fx.Node) and len(before.users) > 1
 
 
 def _is_map(value: Any) -> bool:

@@ -7,13 +7,18 @@ import functools
 import gc
 import glob
 import os
+import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
 
 from rb_noisy.files import left_by_killed
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others; they have shares of hours, and PyTorch's default is 10 to 30 minutes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Processes:
             return Processes()
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         leave_group_at_exit()
         return Processes(state.process_index, state.num_processes)
 
@@ -65,7 +70,8 @@ def state_files(path: str | os.PathLike) -> list[Path]:
     """All that there are of `path` and its parts, left by any number of processes."""
     path = Path(path)
     shared = path.parent.glob(f"{glob.escape(path.stem)}.*of*{path.suffix}")
-    return [file for file in (path, *sorted(shared)) if file.exists()]
+    own = re.compile(rf"{re.escape(path.stem)}\.\d+of\d+{re.escape(path.suffix)}")
+    return [file for file in (path, *sorted(shared)) if file.exists() and (file == path or own.fullmatch(file.name))]
 
 
 def forget_state(path: str | os.PathLike) -> None:

@@ -35,7 +35,7 @@ from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.files import atomic_path, left_by_killed, only_writer, write_json
-from rb_noisy.processes import leave_group_at_exit
+from rb_noisy.processes import PATIENCE, leave_group_at_exit
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import (
@@ -118,7 +118,7 @@ class _Trainer:
     ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         from rb_noisy.backbones import FIXED_SIZE, build_backbone
 
@@ -126,7 +126,7 @@ class _Trainer:
         self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
         self.next_checkpoint = checkpoint_minutes
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
         AcceleratorState._reset_state()
         # Several processes without a GPU talk to each other only if the CPU is asked for.

@@ -46,17 +46,20 @@ def clock(monkeypatch):
     return clock
 
 
-def subject(processes=None):
+def subject(processes=None, images=0.0):
     describe = lambda seed, batch_size: {"seed": seed, "batch_size": batch_size, "date": "today"}  # noqa: E731
-    x = torch.arange(N).view(N, 1, 1, 1).float()
+    x = torch.arange(N).view(N, 1, 1, 1).float() + images
     return types.SimpleNamespace(x=x, y=CLASSES, describe=describe, processes=processes or Processes())
 
 
-def attacker(clock, seen, seconds=1.0, fails_after=None):
+def attacker(clock, seen, seconds=1.0, fails_after=None, sizes=None):
+    sizes = [] if sizes is None else sizes
+
     def attack(x, y, batch_size, state):
         if fails_after is not None and len(seen) == fails_after:
             raise KeyboardInterrupt
         seen.append(len(x))
+        sizes.append(batch_size)
         clock.now += seconds * len(x)
         broken_by = (x.flatten().long() % 3 - 1).to(torch.int8)
         return types.SimpleNamespace(broken_by=broken_by, warnings=("careful",))
@@ -64,8 +67,9 @@ def attacker(clock, seen, seconds=1.0, fails_after=None):
     return attack
 
 
-def run(minutes, attack, tmp_path, batch_size=50):
-    return attack_for(minutes, subject(), attack, seed=0, batch_size=batch_size, file=tmp_path / "state.npz")
+def run(minutes, attack, tmp_path, batch_size=50, settings=None, images=0.0):
+    options = {"batch_size": batch_size, "file": tmp_path / "state.npz", "settings": settings or {}}
+    return attack_for(minutes, subject(images=images), attack, seed=0, **options)
 
 
 def test_it_attacks_as_many_as_fit_and_goes_on(clock, tmp_path):
@@ -88,14 +92,45 @@ def test_it_attacks_as_many_as_fit_and_goes_on(clock, tmp_path):
 
 
 def test_a_part_that_was_interrupted_is_the_next(clock, tmp_path):
+    seen, sizes = [], []
+    with pytest.raises(KeyboardInterrupt):
+        run(5, attacker(clock, seen, fails_after=2), tmp_path)
+    before = list(seen)
+    with np.load(tmp_path / "state.npz") as state:
+        part = json.loads(str(state["about"]))["part"]
+    run(0.001, attacker(clock, seen, sizes=sizes), tmp_path)
+    assert [seen, sizes] == [[*before, part[0]], [part[1]]], "its state file is of a part of that size"
+
+
+def test_how_fast_the_rest_of_an_interrupted_part_was_says_nothing_of_the_next(clock, tmp_path):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         run(5, attacker(clock, seen, fails_after=2), tmp_path)
-    sizes = list(seen)
-    with np.load(tmp_path / "state.npz") as state:
-        size = json.loads(str(state["about"]))["size"]
-    run(0.001, attacker(clock, seen), tmp_path)
-    assert seen == [*sizes, size], "its state file is of a part of that size"
+    clock.now = 0.0
+    slow = attacker(clock, seen)
+
+    def nearly_done(x, y, batch_size, state):
+        found = slow(x, y, batch_size, state)
+        clock.now -= 0.99 * len(x) if len(seen) == 3 else 0
+        return found
+
+    run(2, nearly_done, tmp_path)
+    assert seen[3] == 16
+    assert clock.now <= 120
+
+
+def test_another_number_of_processes_goes_on_in_the_same_batches(clock, tmp_path):
+    def attack_as(count, sizes, fails_after=None):
+        processes = types.SimpleNamespace(count=count, main=True, largest=lambda values: values, wait=lambda: None)
+        attack, file = attacker(clock, [], fails_after=fails_after, sizes=sizes), tmp_path / "state.npz"
+        options = {"seed": 0, "batch_size": 10, "file": file, "settings": {}}
+        return attack_for(0.5, subject(processes), attack, **options)
+
+    first, resumed = [], []
+    with pytest.raises(KeyboardInterrupt):
+        attack_as(3, first, fails_after=0)
+    attack_as(1, resumed)
+    assert resumed == [10], "30 images of three processes, for one whose batches are of 10"
 
 
 def test_too_slow_for_its_minutes_it_still_says_something(clock, tmp_path):
@@ -111,6 +146,11 @@ def test_errors_name_the_way_out(clock, tmp_path):
     run(0.5, attack, tmp_path)
     with pytest.raises(InputError, match="another setting"):
         run(0.5, attack, tmp_path, batch_size=3)
-    (tmp_path / "state.npz").write_bytes(b"no")
-    with pytest.raises(InputError, match="is damaged"):
-        run(0.5, attack, tmp_path)
+    for other in ({"settings": {"reference": True}}, {"images": 0.5}):
+        with pytest.raises(InputError, match="another setting"):
+            run(0.5, attack, tmp_path, **other)
+    whole = (tmp_path / "state.npz").read_bytes()
+    for damaged in (b"no", b"", *(whole[:cut] for cut in range(1, len(whole), 31))):
+        (tmp_path / "state.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="is damaged"):
+            run(0.5, attack, tmp_path)

@@ -88,6 +88,7 @@ def evaluate(
     if minutes is None and not estimate:
         figures["verdicts"] = common.packed(broken_by == -1)  # for eval.calibration
     if minutes is not None:
+        figures["of"] = len(subject.x)
         figures["subset"] = "random, stratified by class"
     if estimate:
         figures["precision"] = "bf16"

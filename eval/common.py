@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,7 @@ def _find(model: str, zoo: str | None, checkpoint: str, dataset: str | None, dat
             target=card["name"],
             sha256=card["weights"]["sha256"],
         )
-    return _find_in_timm(model, set(cards), dataset, data_root)
+    return _find_in_timm(model, {card["name"] for card in cards.values()}, dataset, data_root)
 
 
 def _find_in_timm(model: str, zoo_names: set[str], dataset: str | None, data_root: Path | None) -> _Found:
@@ -263,8 +264,10 @@ def _find_in_timm(model: str, zoo_names: set[str], dataset: str | None, data_roo
 
     built_in = {name for card in read_cards() for name in timm_names(card)}
     if model in built_in or not timm.is_model(model):  # the built-in zoo's models are timm's too, but not this zoo's
-        error = unknown_name("model", model, (zoo_names | set(timm.list_models())) - (built_in - zoo_names))
-        raise InputError(f"{error}; give a zoo model, a run folder (with run.json) or a timm name")
+        # Of timm's thousands only what is nearly it.
+        near = difflib.get_close_matches(model, set(timm.list_models()) - built_in, n=2, cutoff=0.75)
+        error = unknown_name("model", model, zoo_names | set(near))
+        raise InputError(f"{error}; give a model of the zoo (or --zoo), a run folder (with run.json) or a timm name")
     if dataset is None:
         raise InputError(f"{model} is a timm model: name what to evaluate it on with --dataset")
     data = load_data(dataset, data_root)
@@ -274,7 +277,7 @@ def _find_in_timm(model: str, zoo_names: set[str], dataset: str | None, data_roo
         if cfg.num_classes != data.num_classes:
             raise InputError(
                 f"{model} was trained for {cfg.num_classes} classes but {dataset} has {data.num_classes}; "
-                "train it first: rb-noisy train --backbone"
+                f"train it first: rb-noisy train --backbone {model} --data {dataset} --out runs/{model}"
             )
         options |= {"pretrained": True, "mean": cfg.mean, "std": cfg.std}
     else:
@@ -360,7 +363,8 @@ def enter(
         return
     if subject.target is None:
         console.print(
-            f"figures: {subject.folder(out)}, not the card (which holds standard attacks on its own data and ε)",
+            f"figures: {subject.folder(out)}, not a card, which holds standard attacks in full precision, on the first "
+            "images of its own data and at its own ε",
             soft_wrap=True,
         )
         return

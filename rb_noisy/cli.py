@@ -94,7 +94,9 @@ def train(
             from model_zoo.registry import read_card
 
             values = merge(Recipe.from_dict(read_card(like, zoo)["recipe"]).changes(), values)
-        elif resume and not values and (out / "run.json").is_file():
+        elif resume and not values:
+            if not (out / "run.json").is_file():
+                raise InputError(f"{out} holds no run to resume; check --out, or leave out --resume to begin one")
             values = Run.open(out).recipe.to_dict()
         chosen = Recipe.from_dict(values)
         with progress_bar() as bar:
@@ -164,8 +166,11 @@ def publish(
     with user_errors():
         about = {"hub": hub, "authors": authors, "link": link}
         card = publish_run(run, name, zoo=zoo, checkpoint=checkpoint, half=half, overwrite=overwrite, **about)
-        place = f" --zoo {zoo}" if zoo else ""
-        console.print(f"published {card}; evaluate it with: python -m eval --model {name}{place}", soft_wrap=True)
+        # By its place also where it is the zoo that ships: in a checkout, python -m finds the checkout's.
+        place = zoo or card.parents[3]
+        console.print(
+            f"published {card}; evaluate it with: python -m eval --model {name} --zoo {place}", soft_wrap=True
+        )
 
 
 @app.command()

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rb_noisy.errors import InputError
 
 # Third-party imports warn of each other on every command; users can do nothing about it.
-warnings.filterwarnings("ignore", message=".*torch.jit.interface.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*torch.jit.(interface|script).*", category=FutureWarning)
 
 # A pipe has no width of its own, and Rich's 80 columns would cut the names in tables.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)

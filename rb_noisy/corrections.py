@@ -47,7 +47,8 @@ def apply_corrections(data: Dataset, path: str | Path, files: Sequence[str] | No
                 f"{place} corrects {row['given']!r} of sample {index}, which is {now!r} in {data.name}: give the data "
                 "that the corrections were made on, without label noise of a recipe, and not corrected yet"
             )
-        if files is not None and row.get("file", files[index]) != files[index]:
+        # The ranking's CSV has the folder of the data before it.
+        if files is not None and not f"/{row.get('file', files[index])}".endswith(f"/{files[index]}"):
             raise InputError(
                 f"{place} corrects {row['file']!r}, but sample {index} of {data.name} is {files[index]!r}: files were "
                 "added or removed since; put them back as they were"
@@ -83,6 +84,8 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             columns = reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV ({error}): check the path") from error
+    if len(columns) == 1 and ";" in columns[0]:
+        raise InputError(f"{path} is separated by semicolons: save it with commas")
     if missing := [name for name in NEEDED if name not in columns]:
         raise InputError(
             f"{path} has no column {missing[0]!r} but {list(columns)}: give the corrections.csv of the page that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -32,4 +33,9 @@ def make_named(kind: str, name: str, table: Mapping[str, Callable[..., Made]], o
     try:
         return table[name](**options)
     except TypeError as error:
+        takes = inspect.signature(table[name]).parameters
+        for option in options:
+            if option not in takes:
+                known = ", ".join(takes) or "no options"
+                raise InputError(f"{kind} {name!r} does not take {option!r}; it takes {known}") from error
         raise InputError(f"{kind} {name!r} does not take {dict(options)}: {error}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rb_noisy.errors import InputError
@@ -25,6 +26,10 @@ UNREADABLE = (
 )
 
 
+_UMASK = os.umask(0)  # which only setting it tells
+os.umask(_UMASK)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it takes the place of `path`, on failure it goes."""
@@ -34,9 +39,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # as `left_by_killed` finds it
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors lets nobody else read what it writes
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -325,7 +325,7 @@ class Recipe:
             if name not in known:
                 raise unknown_name("recipe field", name, known)
         if "data" not in values:
-            raise InputError("the recipe names no data set; give the field data")
+            raise InputError("the recipe names no data set; give --data, or the field data")
         return cls(**values)
 
     @classmethod

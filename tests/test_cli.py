@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
         (["--recipe", "nowhere.json"], "is no file"),
         (["--like", "no_such_model", "--recipe", "x.json"], "give one of them"),
         ([], "names no data set"),
+        (["--resume"], "holds no run to resume"),
+        (["--data", "digits", "--method", "pgd-at+sglr", "--set", "target_options.q=1"], "does not take 'q'; it takes r,"),
         (["--data", "digits", "--seed", "-1"], "seed is -1"),
         (["--data", "digits", "--backbone", "small_cnn"], "at least 16x16"),
         (["--data", "digits", "--backbone", "vit_tiny_patch16_224"], "cannot take the 1x8x8 images of digits"),
@@ -94,6 +97,28 @@ def test_the_installed_console_command_answers():
     done = subprocess.run([script, "models", "--dataset", "digits"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "sglr_digits" in done.stdout
+
+
+def test_a_disk_that_is_full_is_one_line_that_names_the_file(tiny_recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny_recipe(epochs=1).to_dict()))
+    program = (
+        "import resource, sys; from rb_noisy.cli import app\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "sys.argv = ['rb-noisy', 'train', '--recipe', 'recipe.json', '--out', 'run']; app()"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "safetensors cannot be written" in done.stderr
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tiny_recipe, tmp_path):
+    run = train(tiny_recipe(epochs=1), tmp_path / "run")
+    modes = {file.stat().st_mode for file in run.path.iterdir() if file.is_file()}
+    assert len(modes) == 1
 
 
 def test_importing_the_package_is_cheap():

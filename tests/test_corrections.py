@@ -33,6 +33,8 @@ def tiny():
         ("index,given,label\r\n0,dog,cat\r\n", "corrects 'dog' of sample 0, which is 'cat' in tiny"),
         ("index,file,given,label\r\n0,b.png,cat,dog\r\n", "corrects 'b.png', but sample 0 of tiny is 'a.png'"),
         (b"index,given,label\r\n0,H\xfcndin,dog\r\n", "cannot be read as CSV"),
+        ("index;given;label\n0;cat;dog\n", "separated by semicolons: save it with commas"),
+        ("index,file,given,label\n0,ba.png,cat,dog\n", "files were added or removed"),
     ],
 )
 def test_corrections_that_do_not_fit_are_named(text, words, tiny, tmp_path):
@@ -49,6 +51,11 @@ def test_what_cannot_be_corrected_or_saved_is_named(tiny, tmp_path):
         apply_corrections(tiny, "nowhere.csv")
     with pytest.raises(InputError, match=r"ends in .npz"):
         save_npz(tiny, tmp_path / "data.csv")
+
+
+def test_a_file_may_be_named_with_the_folder_of_the_data_as_in_the_ranking(tiny, tmp_path):
+    (tmp_path / "c.csv").write_text("index,file,given,label\n0,/data/pets/train/a.png,cat,dog\n")
+    assert apply_corrections(tiny, tmp_path / "c.csv", ["a.png"] * 4).y_train.tolist() == [1, 1, 0, 1]
 
 
 def test_a_spreadsheet_may_have_been_between_page_and_data(tiny, tmp_path):

@@ -196,8 +196,8 @@ def test_figures_enter_the_card_of_a_zoo_model_unless_its_setting_is_another(run
     registry.publish(run.path, "mine", zoo=zoo)
     before = registry.read_card("mine", zoo)["results"].get("pgd-20")
     common = ["--model", "mine", "--zoo", zoo, "--out", tmp_path]
-    assert "not the card" in call(pgd.main, *common, "--eps", 0.05).output
-    assert "not the card" in call(pgd.main, *common, "--alpha", 0.01).output
+    assert "not a card" in call(pgd.main, *common, "--eps", 0.05).output
+    assert "not a card" in call(pgd.main, *common, "--alpha", 0.01).output
     assert registry.read_card("mine", zoo)["results"].get("pgd-20") == before
     assert call(pgd.main, *common).exit_code == 0
     assert registry.read_card("mine", zoo)["results"]["pgd-20"]["n"] == 60
@@ -251,7 +251,9 @@ def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "sglr_digitz"], "unknown model 'sglr_digitz'"),
+        (["--model", "sglr_digitz"], "unknown model 'sglr_digitz'; did you mean sglr_digits"),
+        (["--model", "resnet_18"], "did you mean resnet18"),
+        (["--model", "Q"], "known: at_cifar10, at_cifar10_narrow,"),
         (["--model", "resnet8_narrow"], "name what to evaluate it on with --dataset"),
         (["--model", "resnet8_narrow", "--dataset", "digits"], "has no ε of its own; give --eps"),
         (["--model", "RUN", "--n", "61"], "--n is 61"),
@@ -335,7 +337,7 @@ def test_any_iterate_alone_is_the_same_figure_and_stays_out_of_the_card(run, tmp
     assert 0 < figures["pgd-20"]["any_iterate"]["accuracy"] < 1
     assert "final_iterate" not in figures["pgd-20-any"]
     before = registry.read_results(registry.results_file(run.path, "final"))
-    assert "not the card" in call(pgd.main, *common, "--out", tmp_path, "--any-iterate").output
+    assert "not a card" in call(pgd.main, *common, "--out", tmp_path, "--any-iterate").output
     assert registry.read_results(registry.results_file(run.path, "final")) == before
 
 
@@ -343,7 +345,7 @@ def test_an_estimate_says_that_it_is_one(run, tmp_path):
     done = call(autoattack.main, "--model", run.path, "--n", 1, "--estimate", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     assert "AutoAttack in bf16: an estimate" in done.output
-    assert "not the card" in done.output
+    assert "not a card" in done.output
     refused = call(autoattack.main, "--model", run.path, "--estimate", "--reference", "--out", tmp_path)
     assert refused.exit_code == 2
     assert "leave out --estimate" in refused.output

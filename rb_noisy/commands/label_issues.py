@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rb_noisy.recipes import Recipe
     from rb_noisy.runs import Run
 
+_MOST = 0.5  # estimated noise rate
 SHEET, PAGE, LARGEST = 64, 500, 1000  # images of the contact sheet and of the page, and at most of either
 
 
@@ -160,6 +161,9 @@ def _show(issues: LabelIssues, out: Path) -> None:
     console.print(table)
     share = f"{issues.suspicious} of {len(issues.index)} labels are suspicious"
     console.print(f"estimated noise rate {issues.noise_rate:.1%}: {share}", soft_wrap=True)
+    if issues.noise_rate > _MOST:
+        warned = "that is more than can be told: the network may have learnt too little; train longer (--epochs)"
+        console.print(f"[yellow]warning:[/] {warned}", soft_wrap=True)
     console.print(f"all of them: {out / 'label_issues.csv'}; the worst: {out / 'label_issues.png'}", soft_wrap=True)
 
 

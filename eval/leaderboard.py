@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from model_zoo.registry import dataset_title, read_cards
+from model_zoo.registry import dataset_title, noise_title, read_cards
 from rb_noisy.console import ZooOption, console, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.measures import wilson_interval
@@ -260,10 +260,7 @@ def _plain_rate(percent: float | str | None) -> Rate | None:
 
 
 def _noise_name(noise: dict[str, Any] | None) -> str:
-    if not noise:
-        return CLEAN_LABELS
-    rate = noise.get("rate")
-    return noise["kind"] if rate is None else f"{noise['kind']} {rate:g}"
+    return noise_title(noise) if noise else CLEAN_LABELS
 
 
 def _threat(threat_model: str | None, eps: str | float | None) -> str:

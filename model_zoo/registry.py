@@ -76,6 +76,14 @@ def noise_kind(card: Card) -> str:
     return card["noise"]["kind"] if card["noise"] else "none"
 
 
+def noise_title(noise: dict[str, Any] | None) -> str:
+    """Kind and rate of a card's label noise, or the set of a file of labels: "symmetric 0.4", "human worse", "none"."""
+    if not noise:
+        return "none"
+    rate, key = noise.get("rate"), noise.get("key")
+    return " ".join([noise["kind"], *([f"{rate:g}"] if rate is not None else [key] if key else [])])
+
+
 def zoo_folder(zoo: str | Path | None) -> Path:
     """The local folder of a zoo; a zoo on the Hugging Face Hub is downloaded to the Hub's cache first.
 

@@ -181,17 +181,16 @@ def models(
     zoo: ZooOption = None,
 ) -> None:
     """List the models of a zoo."""
-    from model_zoo.registry import dataset_title, list_models, read_card
+    from model_zoo.registry import dataset_title, list_models, noise_title, read_card
 
     with user_errors():
         table = Table("model", "data set", "label noise", "method", "backbone", "eps", "natural", "AutoAttack")
         for name in list_models(dataset, noise, method, zoo):
             card = read_card(name, zoo)
-            label_noise = f"{card['noise']['kind']} {card['noise']['rate']}" if card["noise"] else "none"
             table.add_row(
                 name,
                 dataset_title(card["dataset"]),
-                label_noise,
+                noise_title(card["noise"]),
                 card["method"],
                 card["architecture"],
                 card["eps"],

@@ -68,7 +68,7 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
         (["--like", "no_such_model", "--recipe", "x.json"], "give one of them"),
         ([], "names no data set"),
         (["--resume"], "holds no run to resume"),
-        (["--data", "digits", "--method", "pgd-at+sglr", "--set", "target_options.q=1"], "does not take 'q'; it takes r,"),
+        (["--data", "digits", "--method", "pgd-at+sglr", "--set", "target_options.q=1"], "'q'; it takes r,"),
         (["--data", "digits", "--seed", "-1"], "seed is -1"),
         (["--data", "digits", "--backbone", "small_cnn"], "at least 16x16"),
         (["--data", "digits", "--backbone", "vit_tiny_patch16_224"], "cannot take the 1x8x8 images of digits"),

@@ -44,6 +44,18 @@ def test_a_published_run_is_loaded_by_name_with_the_same_outputs(run, zoo):
     assert torch.equal(model(x), run.load("final")(x))
 
 
+def test_label_noise_is_named_by_its_rate_or_its_set():
+    worse = {"kind": "human", "rate": None, "seed": 0, "file": "cifar10n_labels.npz", "key": "worse"}
+    others = [{"kind": "symmetric", "rate": 0.4, "seed": 0}, {"kind": "human", "rate": None, "file": "mine.csv"}, None]
+    assert [registry.noise_title(noise) for noise in [worse, *others]] == [
+        "human worse",
+        "symmetric 0.4",
+        "human",
+        "none",
+    ]
+    assert {"human worse", "none"} <= {registry.noise_title(card["noise"]) for card in registry.read_cards()}
+
+
 def test_a_card_has_robustbenchs_fields_first_and_all_that_makes_the_model_again(run, zoo):
     card = json.loads(card_file(zoo).read_text())
     robustbench = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc"

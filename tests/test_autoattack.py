@@ -17,8 +17,9 @@ from rb_noisy.autoattack import ATTACKS, AutoAttackResult, run_autoattack
 from rb_noisy.autoattack_state import Warnings
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
+from rb_noisy.fast import fast_form
 from rb_noisy.local_forward import LocalForward
-from rb_noisy.processes import Processes
+from rb_noisy.processes import Processes, forget_state, state_files
 from tests.test_fast import build
 
 
@@ -417,6 +418,24 @@ def test_state_of_another_run_is_refused_by_name(tmp_path, changed):
     options = {changed: options[changed]} if changed in options else {}
     with pytest.raises(InputError, match=rf"state\.npz is of a run with other {changed}; delete it"):
         run(model, x, y, state_path=state, **{"attacks": ("apgd-ce",), **options})
+
+
+def test_an_estimate_is_not_gone_on_from_in_full_precision(tmp_path):
+    model, state = small_model(), tmp_path / "state.npz"
+    x, y = small_data(model, n=8)
+    options = {"state_path": state, "attacks": ("apgd-ce",)}
+    run(model, x, y, fast=fast_form(model, half=True), **options)
+    with pytest.raises(InputError, match=r"state\.npz is of a run with other precision; delete it"):
+        run(model, x, y, **options)
+
+
+def test_a_neighbour_is_no_part_of_a_state(tmp_path):
+    for name in ("cifar.npz", "cifar.0of2.npz", "cifar.11of12.npz", "cifar.softmax.npz", "cifar.1of.npz"):
+        (tmp_path / name).touch()
+    found = [file.name for file in state_files(tmp_path / "cifar.npz")]
+    assert found == ["cifar.npz", "cifar.0of2.npz", "cifar.11of12.npz"]
+    forget_state(tmp_path / "cifar.npz")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cifar.1of.npz", "cifar.softmax.npz"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "text", "pickle"])

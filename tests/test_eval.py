@@ -191,6 +191,27 @@ def test_an_interrupted_pgd_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert json.loads((whole / "f.json").read_text()) == json.loads((part / "f.json").read_text())
 
 
+def test_an_interrupted_pgd_starts_over_on_other_images_of_the_same_name(run, tiny_data, tmp_path, monkeypatch):
+    file, sizes, stops = tmp_path / "mine.npz", [], [3]
+    with np.load(tiny_data) as arrays:
+        np.savez(file, **arrays)
+        others = {**arrays, "x_test": 255 - arrays["x_test"]}
+    arguments = ["--model", run.path, "--batch-size", 15, "--dataset", f"npz:{file}", "--out", tmp_path]
+
+    def interrupted(*args, **kwargs):
+        sizes.append(len(args[1]))
+        if len(sizes) in stops:
+            raise KeyboardInterrupt
+        return attack(*args, **kwargs)
+
+    monkeypatch.setattr(eval.pgd, "pgd", interrupted)
+    assert call(pgd.main, *arguments).exit_code == 130
+    np.savez(file, **others)
+    done = call(pgd.main, *arguments)
+    assert done.exit_code == 0, done.output
+    assert sizes == [15] * 3 + [15] * 4
+
+
 def test_figures_enter_the_card_of_a_zoo_model_unless_its_setting_is_another(run, tmp_path):
     zoo = tmp_path / "zoo"
     registry.publish(run.path, "mine", zoo=zoo)

@@ -332,7 +332,7 @@ def _looks_at_the_batch(task: _Task, log: Warnings) -> bool:
     x = task.x[: task.batch_size].to(task.device)
     with torch.no_grad(), torch.random.fork_rng(devices=_devices(task.device)):
         together, alone = task.model(x)[:1], task.model(x[:1])
-    scale = max(1.0, together.nan_to_num().abs().max().item())
+    scale = max(1.0, together.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     apart = not torch.allclose(together / scale, alone / scale, rtol=0, atol=1e-3, equal_nan=True)
     if apart:
         log.warning("the logits of an image depend on the other images of its batch, and so do the verdicts")

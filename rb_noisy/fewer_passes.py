@@ -273,7 +273,7 @@ class _NewQueries:
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:
-    rounding = _ROUNDING.get(wanted.device.type, 1e-5) * max(1.0, wanted.nan_to_num().abs().max().item())
+    rounding = _ROUNDING.get(wanted.device.type, 1e-5) * max(1.0, wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     return torch.allclose(found, wanted, rtol=0, atol=rounding, equal_nan=True)
 
 

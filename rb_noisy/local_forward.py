@@ -29,7 +29,7 @@ _MOST = 0.6
 _SAME_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
 _SAME_PLACE_FUNCTIONS = {F.relu, torch.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.dropout}
 _SUMS = {operator.add, torch.add}
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "setitem"}
+_IN_PLACE = {"isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "setitem"}
 _SCALINGS = {operator.sub, operator.mul, operator.truediv, *_SUMS}
 
 
@@ -334,22 +334,18 @@ def _constants(graph: fx.GraphModule) -> set[fx.Node]:
 
 
 def _overwrites_what_is_read(node: fx.Node, graph: fx.GraphModule) -> bool:
-    """Whether it works in place other than as a ReLU or a sum whose input nobody else reads."""
+    """Whether it works in place, but for a ReLU and a sum whose input nobody else reads."""
     before = node.args[0] if node.args else None
     if node.op == "call_module":
-        in_place = getattr(graph.get_submodule(node.target), "inplace", False)
-    elif node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = node.kwargs.get("inplace") or node.target in (operator.iadd,)
-        if (name.endswith("_") and not name.endswith("__")) or (name in _IN_PLACE and node.target is not operator.iadd):
-            return True
-        if node.target in _SAME_PLACE_FUNCTIONS and any(arg is True for arg in node.args):
-            return True  # `inplace` by its place, which depends on the function
+        known, other = getattr(graph.get_submodule(node.target), "inplace", False), False
+    elif node.op in ("call_function", "call_method"):
+        name = getattr(node.target, "__name__", node.target)
+        by_place = node.target in _SAME_PLACE_FUNCTIONS and any(arg is True for arg in node.args)
+        known = node.kwargs.get("inplace", False) or node.target is operator.iadd
+        other = by_place or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     else:
         return False
-    return bool(in_place) and isinstance(before, fx.Node) and len(before.users) > 1
+    return other or (known and isinstance(before, fx.Node) and len(before.users) > 1)
 
 
 def _is_map(value: Any) -> bool:

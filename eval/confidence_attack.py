@@ -124,13 +124,13 @@ def table(figures: dict[str, Any]) -> Table:
     for share in SHARES:
         shown.add_column(f"top {share:.0%}: robust of kept", justify="right")
         shown.add_column("fooled, no attack", justify="right")
-        shown.add_column("fooled", justify="right")
+        shown.add_column("fooled (95%)", justify="right")
     for name, rows in figures["rows"].items():
         cells = []
         for row in rows:
             kept = f"{row['robust_accuracy_of_kept']['accuracy']:.1%} of {row['kept']['accuracy']:.0%}"
             cells.append(kept)  # ties may keep more
-            cells += [f"{row['fooled'][kind]['accuracy']:.1%}" for kind in ("natural", "any")]
+            cells += [f"{row['fooled']['natural']['accuracy']:.1%}", common.percent(row["fooled"]["any"])]
         shown.add_row(DEFENCES[name][0], *cells)
     return shown
 

@@ -61,6 +61,7 @@ class FastForm(nn.Module):
         self._copy(torch.channels_last, traced=True)
         self.eval()
 
+    @torch.inference_mode(False)  # whose tensors an attack could take no gradients through
     def _copy(self, layout: torch.memory_format, *, traced: bool) -> None:
         self.layout, self.multiple = layout, _MULTIPLE if self.compiled else 1
         self.graph: fx.GraphModule | None = None

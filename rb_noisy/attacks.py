@@ -289,7 +289,11 @@ def check_attack(
         raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")
     if y is not None and y.shape != x.shape[:1]:
         raise InputError(f"{tuple(y.shape)} labels for {len(x)} images; give one integer label per image")
+    if y is not None and y.dtype != torch.int64:
+        raise InputError(f"the labels are {y.dtype}; give torch.int64")
     if images and len(x):
+        if y is not None and y.min() < 0:
+            raise InputError(f"the labels begin at {int(y.min())}; give classes from 0 on")
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):
             raise InputError(f"the images span [{low:.4g}, {high:.4g}]; scale them to [0, 1], without NaN")

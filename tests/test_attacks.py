@@ -269,6 +269,8 @@ def test_kappa_labels_judge_an_attack_on_other_labels(definition):
         ({"x": torch.zeros(24, 25)}, "give (N, C, H, W)"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, "one integer label per image"),
         ({"kappa_labels": torch.zeros(3, dtype=torch.int64)}, "(3,) kappa_labels for 24 images"),
+        ({"y": torch.zeros(24)}, "the labels are torch.float32; give torch.int64"),
+        ({"y": torch.full((24,), -1)}, "the labels begin at -1; give classes from 0 on"),
         ({"start_radius": -0.1}, "start_radius is -0.1"),
         ({"start_radius": 0.1, "norm": "L2"}, "leave it out"),
         ({"start_radius": 0.1, "random_start": "gaussian"}, "leave it out"),

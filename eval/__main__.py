@@ -56,11 +56,9 @@ def main(
 def show_standing(subject: common.Subject, results: dict[str, Any]) -> None:
     """The leaderboard of the subject's data set and noise, with these figures as its own, and the card's other ones."""
     card = copy.deepcopy(subject.card)
-    known = {name: found for name, found in common.entered(subject).items() if name not in results}
-    results = {
-        name: found for name, found in known.items() if found["weights_sha256"] == subject.weights_sha256
-    } | results
-    for evaluation, figures in results.items():
+    known = common.entered(subject).items()
+    same = {name: figures for name, figures in known if figures["weights_sha256"] == subject.weights_sha256}
+    for evaluation, figures in {**same, **results}.items():
         enter_figures(card, evaluation, figures)
     others = [other for other in read_cards(subject.zoo) if other["name"] != card["name"]]
     rows = leaderboard.leaderboard_rows([*others, card], leaderboard.published_rows(), dataset=card["dataset"])

@@ -121,7 +121,7 @@ class FastForm(nn.Module):
                 if other is not None and self.form is not None:
                     self._copy(other[0], traced=other[1])
                 # As of a view of what lies in another order. A graph prints its errors, too.
-                with contextlib.suppress(RuntimeError), contextlib.redirect_stderr(io.StringIO()):
+                with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
                     found = wanted if self.form is None else _answers(self._in_layout, few)
                     if all(_agree(*pair) for pair in zip(found, wanted, tolerances, strict=True)):
                         break

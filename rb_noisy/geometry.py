@@ -55,8 +55,8 @@ def kappa(
         batch_size: samples attacked at a time; the random start does not depend on it.
         progress: called with the number of samples finished since the last call.
 
-    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy. The network's logits of an
-    image must not depend on the others of its batch, which change as samples leave.
+    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy. An image's logits must
+    not depend on the others of its batch, which change as samples leave.
 
     Returns:
         (N,) int64 on the device of x.

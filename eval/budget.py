@@ -56,8 +56,8 @@ def attack_for(
     if not 0 < minutes < float("inf"):
         raise InputError(f"--minutes is {minutes}; give a number above 0")
     processes, order = subject.processes, stratified_order(subject.y, seed)
-    about = {**subject.describe(seed=seed, batch_size=batch_size), **settings, "date": None}
-    about["images"] = common.images_digest(subject)
+    about = subject.describe(seed=seed, batch_size=batch_size) | {"images": common.images_digest(subject)}
+    about |= {**settings, "date": None}
     broken_by, part, warnings = _read(file, about)
     part_file = file.with_name(f"{file.stem}.part{file.suffix}")
     began, measured, attacked = time.monotonic(), 0.0, 0

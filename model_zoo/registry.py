@@ -81,7 +81,9 @@ def noise_title(noise: dict[str, Any] | None) -> str:
     if not noise:
         return "none"
     rate, key = noise.get("rate"), noise.get("key")
-    return " ".join([noise["kind"], *([f"{rate:g}"] if rate is not None else [key] if key else [])])
+    if rate is not None:
+        return f"{noise['kind']} {rate:g}"
+    return f"{noise['kind']} {key}" if key else noise["kind"]
 
 
 def zoo_folder(zoo: str | Path | None) -> Path:

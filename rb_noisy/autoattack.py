@@ -138,8 +138,7 @@ def run_autoattack(
         model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
     )
     _check_arguments(task)
-    half = fast is not None and fast.half and not reference
-    settings = _settings(task, return_adversarials) | {"precision": "bf16" if half else "fp32"}
+    settings = _settings(task, return_adversarials, half=fast is not None and fast.half)
     log = Warnings()
     state = None if state_path is None else load(state_path, settings, x, log)
     if state is None:
@@ -330,7 +329,7 @@ def _check_defence(task: _Task, adversary: Any, log: Warnings) -> bool:
 def _looks_at_the_batch(task: _Task, log: Warnings) -> bool:
     """Whether an image's logits depend on the other images: what is broken may then not leave the batch."""
     x = task.x[: task.batch_size].to(task.device)
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices(task.device)):
+    with torch.no_grad():
         together, alone = task.model(x)[:1], task.model(x[:1])
     scale = max(1.0, together.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     apart = not torch.allclose(together / scale, alone / scale, rtol=0, atol=1e-3, equal_nan=True)
@@ -354,7 +353,7 @@ def _check_square(task: _Task, state: State, log: Warnings) -> None:
     checks.check_square_sr({"clean": clean, **_accuracies(state.broken_by, task.attacks)}, logger=log)
 
 
-def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
+def _settings(task: _Task, return_adversarials: bool, half: bool) -> dict[str, Any]:
     """What a state file must have been made with to be gone on from."""
     return {
         "model": tensors_digest(chain(task.model.named_parameters(), task.model.named_buffers())),
@@ -367,4 +366,5 @@ def _settings(task: _Task, return_adversarials: bool) -> dict[str, Any]:
         "attacks": list(task.attacks),
         "return_adversarials": bool(return_adversarials),
         "reference": bool(task.reference),
+        "precision": "bf16" if half and not task.reference else "fp32",
     }

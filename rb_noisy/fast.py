@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from rb_noisy.attacks import in_mode
+
 # Compiled for batches of any multiple of this: one graph, where other sizes would be compiled anew.
 _MULTIPLE = 16
 # What a form may differ by, and on how many images it is compared: logits relative to the largest, gradients to their
@@ -23,6 +25,8 @@ _MULTIPLE = 16
 _FEW = 4
 _TOLERANCES = {"cpu": (1e-4, 1e-2)}
 _ROUNDED = (1e-2, 1e-1)
+# What is tried after a traced form in channels_last: the layout, and whether it is traced.
+_OTHERS = ((torch.contiguous_format, True), (torch.channels_last, False), (torch.contiguous_format, False))
 
 
 def fast_form(model: nn.Module, *, compiled: bool = False, half: bool = False) -> FastForm:
@@ -62,7 +66,7 @@ class FastForm(nn.Module):
         self.eval()
 
     @torch.inference_mode(False)  # whose tensors an attack could take no gradients through
-    def _copy(self, layout: torch.memory_format, *, traced: bool) -> None:
+    def _copy(self, layout: torch.memory_format, traced: bool) -> None:
         self.layout, self.multiple = layout, _MULTIPLE if self.compiled else 1
         self.graph: fx.GraphModule | None = None
         self.folded: dict[str, str] = {}
@@ -113,24 +117,27 @@ class FastForm(nn.Module):
         if self.verified:
             return
         self.update(self.model)  # which may have changed since
-        few, tolerances = x[:_FEW], _TOLERANCES.get(x.device.type, _ROUNDED)
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), _in_eval_mode(self.model):
+        few = x[:_FEW]
+        # Where the whole is in eval mode, a part that is not is meant so.
+        mode = "eval" if self.model.training else "keep"
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), in_mode(self.model, mode):
             wanted = _answers(self.model, few)
-            unfolded = ((torch.contiguous_format, True), (torch.channels_last, False), (torch.contiguous_format, False))
-            for other in (None, *unfolded):
-                if other is not None and self.form is not None:
-                    self._copy(other[0], traced=other[1])
-                # As of a view of what lies in another order. A graph prints its errors, too.
-                with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-                    found = wanted if self.form is None else _answers(self._in_layout, few)
-                    if all(_agree(*pair) for pair in zip(found, wanted, tolerances, strict=True)):
-                        break
+            for other in (None, *_OTHERS):
+                if other is not None:
+                    self._copy(*other)
+                if self.form is None or self._answers_so(few, wanted):
+                    break
             else:
                 self._take_none()
         self.verified = True
 
-    def _in_layout(self, x: Tensor) -> Tensor:
-        return self.form(x.contiguous(memory_format=self.layout))
+    def _answers_so(self, x: Tensor, wanted: tuple[Tensor, Tensor]) -> bool:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # where a graph prints its errors
+                found = _answers(lambda x: self.form(x.contiguous(memory_format=self.layout)), x)
+        except Exception:  # as of a view of what lies in another order
+            return False
+        return all(map(_agree, found, wanted, _TOLERANCES.get(x.device.type, _ROUNDED)))
 
     def forward(self, x: Tensor) -> Tensor:
         self.verify(x)
@@ -141,21 +148,6 @@ class FastForm(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16) if self.half else contextlib.nullcontext():
             logits = self.model(x) if self.form is None else self.call(x.contiguous(memory_format=self.layout))
         return logits[:count].to(x.dtype)
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module):
-    """A network that is being trained; one in eval mode may have parts that are meant not to be."""
-    if not model.training:
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

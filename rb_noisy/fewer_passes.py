@@ -45,7 +45,7 @@ def spare_passes(adversary: Any, model: FastForm) -> None:
     _OnePass(adversary.fab)
     adversary.square.predict = model
     if adversary.square.norm == "Linf":
-        _NewQueries(adversary.square, model, local=not model.half)
+        _NewQueries(adversary.square, model)
 
 
 class _Undecided:
@@ -173,16 +173,16 @@ class _OnePass:
 class _NewQueries:
     """Follows Square's best images, by its own rule of what is better; asks the network only of what is new in them."""
 
-    def __init__(self, square: Any, model: FastForm, local: bool):
-        self.run, self.ask, self.network, self.model = square.attack_single_run, square.margin_and_loss, model, model
+    def __init__(self, square: Any, network: FastForm):
+        self.run, self.ask, self.network = square.attack_single_run, square.margin_and_loss, network
         self.local: LocalForward | None = None
-        self.may_be_local, self.answer = local, self.network
+        self.may_be_local, self.answer = not network.half, network
         square.attack_single_run, square.margin_and_loss = self.attack_single_run, self.margin_and_loss
         square.predict = lambda x: self.answer(x)
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
         self.best: Tensor | None = None
-        self.model.verify(x)
+        self.network.verify(x)
         self._try_local(x)
         try:
             return self.run(x, y)
@@ -232,11 +232,11 @@ class _NewQueries:
     # --- from known feature maps, as long as that goes well
 
     def _try_local(self, x: Tensor) -> None:
-        if not self.may_be_local or self.model.graph is None:
+        if not self.may_be_local or self.network.graph is None:
             return
         with self._or_else():
             if self.local is None:
-                self.local = LocalForward(self.model.graph)
+                self.local = LocalForward(self.network.graph)
                 if self.local.saved(x) < _WORTH_CUTTING:
                     self._do_without()
             self.unchecked = _CHECKED

@@ -172,10 +172,11 @@ class LocalForward:
         return value
 
     def _step(self, node: fx.Node) -> Callable[[tuple, dict], Any]:
-        """What a node does with its arguments, among them patches."""
+        """What a node does with its arguments, among them patches; those in lists or by name are made whole."""
         target = operator.add if node.target is operator.iadd else node.target
+        hidden = not _flat(node) or _nodes_by_name(node)
         if node.op == "call_function":
-            if not _flat(node) or _nodes_by_name(node):
+            if hidden:
                 return lambda args, kwargs: target(*self._all_whole(args), **self._all_whole(kwargs))
             computed = sum(arg not in self.constant for arg in node.args if isinstance(arg, fx.Node))
             return partial(self._function, target, computed)
@@ -190,7 +191,7 @@ class LocalForward:
         if node.op == "placeholder":
             return lambda args, kwargs: None
         module = self.graph.get_submodule(target)
-        if not _flat(node) or _nodes_by_name(node):
+        if hidden:
             return lambda args, kwargs: module(*self._all_whole(args), **self._all_whole(kwargs))
         if isinstance(module, nn.ReLU):
             return lambda args, kwargs: self._function(F.relu, 1, args, {"inplace": module.inplace})

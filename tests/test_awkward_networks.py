@@ -270,12 +270,8 @@ def test_what_known_maps_do_not_answer_the_network_does(monkeypatch):
 def test_wrong_answers_from_known_maps_are_noticed(monkeypatch):
     monkeypatch.setattr(rb_noisy.fewer_passes, "_WORTH_CUTTING", 0)
     model, x, y = made(Net)
-    call, given_up = LocalForward.__call__, []
+    call, do_without, given_up = LocalForward.__call__, _NewQueries._do_without, []
     monkeypatch.setattr(LocalForward, "__call__", lambda self, *args: call(self, *args) + 1e-3)
-    monkeypatch.setattr(_NewQueries, "_do_without", lambda self: given_up.append(self) or _without(self))
+    monkeypatch.setattr(_NewQueries, "_do_without", lambda self: given_up.append(self) or do_without(self))
     run(model, x, y, eps=0.02, attacks=("square",))
     assert len(given_up) == 1
-
-
-def _without(queries: _NewQueries) -> None:
-    queries.local, queries.may_be_local = None, False

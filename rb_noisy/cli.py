@@ -37,7 +37,7 @@ app.command("figures")(figures)
 def train(
     out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
     data: Annotated[
-        str | None, typer.Option(help="digits, mnist, cifar10, cifar100, npz:FILE or imagefolder:DIR.")
+        str | None, typer.Option(help="digits, mnist, cifar10, cifar100, cifar100-coarse, npz:FILE or imagefolder:DIR.")
     ] = None,
     method: Annotated[
         str | None,

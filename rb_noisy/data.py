@@ -1,7 +1,7 @@
 """Named data sets as tensors in memory, and batched augmentation on the device.
 
-Every image is float32 in [0, 1] and every label an int64 class index. Downloads are checked by MD5 each time they are
-read, and no pickle is ever opened.
+Every image is float32 in [0, 1] and every label an int64 class index. Official files are checked by MD5 each time they
+are read, and no pickle of other bytes is ever opened.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import io
 import os
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
@@ -75,16 +74,6 @@ class RemoteFile:
     urls: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class CifarLayout:
-    """The members of a CIFAR archive, whose records are `label_bytes` labels (the last is used) and 3x32x32 pixels."""
-
-    train: tuple[str, ...]
-    test: str
-    names: str
-    label_bytes: int
-
-
 _MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -100,7 +89,7 @@ def _cifar_file(name: str, md5: str) -> RemoteFile:
     return RemoteFile(name, md5, (f"https://www.cs.toronto.edu/~kriz/{name}",))
 
 
-# torchvision's CIFAR classes read pickles; the official binary archives hold the same images and labels.
+# What is downloaded; `rb_noisy.cifar` has the other forms that are read.
 FILES: dict[str, tuple[RemoteFile, ...]] = {
     "mnist": (
         _mnist_file("train-images-idx3-ubyte", "6bbc9ace898e44ae57da46a324031adb"),
@@ -110,20 +99,6 @@ FILES: dict[str, tuple[RemoteFile, ...]] = {
     ),
     "cifar10": (_cifar_file("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
     "cifar100": (_cifar_file("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
-}
-CIFAR_LAYOUTS = {
-    "cifar10": CifarLayout(
-        train=tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
-        test="cifar-10-batches-bin/test_batch.bin",
-        names="cifar-10-batches-bin/batches.meta.txt",
-        label_bytes=1,
-    ),
-    "cifar100": CifarLayout(
-        train=("cifar-100-binary/train.bin",),
-        test="cifar-100-binary/test.bin",
-        names="cifar-100-binary/fine_label_names.txt",
-        label_bytes=2,
-    ),
 }
 
 
@@ -144,7 +119,9 @@ def load_data(name: str, root: str | os.PathLike | None = None, *, download: boo
     * `digits`: the 1,797 handwritten 8x8 digits inside scikit-learn, pixel values divided by 16. **The split into
       1,257 training and 540 test images is ours**: scikit-learn has none, so 54 images of every class are drawn with a
       fixed seed. Writers are not known, so the same hand may be on both sides.
-    * `mnist`, `cifar10`, `cifar100` (fine labels): downloaded to `data_root(root)` unless there already.
+    * `mnist`, `cifar10`, `cifar100` (fine labels), `cifar100-coarse` (its 20 superclasses): downloaded to
+      `data_root(root)` unless there already. The CIFARs are also read from a folder that others extracted there:
+      torchvision's `cifar-10-batches-py` or `cifar-100-python`, or `cifar-10-batches-bin`.
     * `npz:FILE`: arrays x_train, y_train, x_test, y_test as Keras writes them: x uint8, or float in [0, 1], of shape
       (N, H, W) or (N, H, W, C); y integers 0..K-1 of shape (N,) or (N, 1); `class_names` (K,) if there.
     * `imagefolder:DIR`: 8-bit images of one size in train/<class>/ and test/<class>/, classes in the order of their
@@ -250,17 +227,15 @@ def _idx(content: bytes) -> np.ndarray:
 
 
 def _cifar(name: str, root: Path, download: bool) -> Dataset:
-    layout = CIFAR_LAYOUTS[name]
-    (archive,) = _contents(name, root, download)
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        members = {member: tar.extractfile(member).read() for member in (*layout.train, layout.test, layout.names)}
-
-    def split(*names: str) -> tuple[Tensor, Tensor]:
-        records = np.frombuffer(b"".join(members[n] for n in names), np.uint8).reshape(-1, layout.label_bytes + 3072)
-        labels = records[:, layout.label_bytes - 1].astype(np.int64)
-        return pixels(records[:, layout.label_bytes :].reshape(-1, 3, 32, 32)), torch.from_numpy(labels)
-
-    return Dataset(name, *split(*layout.train), *split(layout.test), tuple(members[layout.names].decode().split()))
+    """`name`: "cifar10", "cifar100" or "cifar100-coarse". The archive, or else an extracted folder, or a download."""
+    base, _, kind = name.partition("-")
+    (archive,) = FILES[base]
+    found = None if (root / archive.path).is_file() else cifar.read_extracted(base, root)
+    if found is None:
+        found = cifar.read_archive(base, *_contents(base, root, download))
+    kind = kind or "fine"
+    halves = ((pixels(half.x), torch.from_numpy(half.labels[kind].copy())) for half in (found.train, found.test))
+    return Dataset(name, *(tensor for half in halves for tensor in half), tuple(found.names[kind]))
 
 
 def _contents(name: str, root: Path, download: bool) -> list[bytes]:
@@ -289,6 +264,9 @@ def _fetch(name: str, file: RemoteFile, root: Path, download: bool) -> None:
             reason = f"{url}: {error}"
     folder = (root / file.path).parent
     missing = " and ".join(Path(f.path).name for f in FILES[name] if not (root / f.path).is_file())
+    if name in cifar.ARCHIVED:
+        missing = " or ".join([missing, *(form.folder for form in cifar.folders(name))])
+        reason = "; ".join(filter(None, (reason, cifar.incomplete(name, root))))
     raise InputError(
         f"data set {name!r} is not in {folder} ({reason}): put {missing} there, set RB_NOISY_DATA to a folder that has "
         f"{file.path}, or use npz:FILE or the built-in digits"
@@ -416,5 +394,5 @@ def read_image(file: Path) -> np.ndarray:
         raise InputError(f"image {file} is damaged or in no known format ({error}): replace or remove it") from error
 
 
-_NAMED = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar, "cifar100": _cifar}
+_NAMED = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar, "cifar100": _cifar, "cifar100-coarse": _cifar}
 _FROM_PATH = {"npz": _npz, "imagefolder": _imagefolder}

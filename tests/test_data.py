@@ -62,7 +62,15 @@ def _cifar100() -> tuple[dict[str, bytes], dict]:
     test, x_test = _records(3, [coarse, np.array([7, 8, 9])])
     names = "\n".join(f"fine_{i}" for i in range(100)).encode() + b"\n"
     folder = "cifar-100-binary"
-    archive = _tar({f"{folder}/train.bin": train, f"{folder}/test.bin": test, f"{folder}/fine_label_names.txt": names})
+    coarse_names = "\n".join(f"coarse_{i}" for i in range(20)).encode() + b"\n"
+    archive = _tar(
+        {
+            f"{folder}/train.bin": train,
+            f"{folder}/test.bin": test,
+            f"{folder}/fine_label_names.txt": names,
+            f"{folder}/coarse_label_names.txt": coarse_names,
+        }
+    )
     expected = {"x_train": x_train, "y_train": [99, 0, 42], "x_test": x_test, "y_test": [7, 8, 9]}
     return {"cifar-100-binary.tar.gz": archive}, expected | {"classes": (100, "fine_0", "fine_99")}
 

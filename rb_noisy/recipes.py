@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -31,26 +32,28 @@ PARTS: dict[str, tuple[str, ...]] = {
     "weight averaging": tuple(AVERAGING),
 }
 
-_CIFAR = {  # [SGLR §4]
-    "backbone": "preact_resnet18",
-    "eps": 8 / 255,
-    "alpha": 2 / 255,
-    "steps": 10,
-    "epochs": 200,
-    "lr": 0.1,
-    "augment": True,
-    "normalize": True,
-}
-# What a recipe means when only its data set is named.
+# What a recipe means when only its data set is named, by `family_of` it.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "mnist": {  # [NL App. C.1] but for epochs and steps, which are for two CPU cores
+    # [SGLR §4], but for the network: PreAct-ResNet-18 is that of Rice et al. 2020 and of [SGLR] Figure 1. Images are
+    # not standardised: [SGLR]'s released code only turns them into numbers in [0, 1], and [NL App. C.1] divides by 255.
+    "cifar": {
+        "backbone": "preact_resnet18",
+        "eps": 8 / 255,
+        "alpha": 2 / 255,
+        "steps": 10,
+        "epochs": 200,
+        "milestones": (0.5, 0.75),  # 100 and 150
+        "lr": 0.1,
+        "augment": True,
+        "normalize": False,
+    },
+    "mnist": {  # [NL App. C.1] but for epochs, α and steps, which are for two CPU cores
         "backbone": "small_cnn",
         "eps": 0.3,
         "alpha": 0.06,
         "steps": 10,
         "epochs": 10,
+        "milestones": (0.3, 0.6),  # 30 and 60 of the paper's 100
         "lr": 0.01,
         "augment": False,
         "normalize": False,
@@ -61,11 +64,17 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
         "alpha": 0.05,
         "steps": 10,
         "epochs": 60,
+        "milestones": (0.5, 0.75),
         "lr": 0.1,
         "augment": False,
         "normalize": False,
     },
 }
+
+
+def family_of(data: str) -> str:
+    """Whose defaults a data set has: "mnist", "digits", or "cifar" for CIFAR and for data of one's own."""
+    return data if data in ("mnist", "digits") else "cifar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +97,10 @@ class Recipe:
         attack_mode: BatchNorm during the attack, "eval" ([NL]'s lineage, SGLR's code) or "train" (Rice et al.).
         epochs, batch_size: the length of the run; samples per process and step.
         lr, momentum, weight_decay: SGD.
-        schedule: "multistep" (÷10 at `milestones`, in epochs; default half and three quarters of the run),
-            "onecycle" (linear up over the first 30%, linear down), "cosine" or "constant".
+        schedule: "multistep" (at `milestones` times `decays`), "onecycle" (linear up over the first 30%, linear down),
+            "cosine" or "constant".
+        milestones: epochs, or shares of the run between 0 and 1, which become epochs.
+        decays: what the learning rate is multiplied by at each milestone, above 0 to 1; None for 0.1 each.
         eps_warmup: share of the run over which ε and α grow linearly to their full size, 0 for none.
         augment: random crop with 4 pixels of padding and horizontal flip.
         normalize: standardise by the training set's statistics, inside the network.
@@ -126,7 +137,8 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "multistep"
-    milestones: tuple[int, ...] | None = None
+    milestones: tuple[float, ...] | None = None
+    decays: tuple[float, ...] | None = None
     eps_warmup: float = 0.0
     augment: bool | None = None
     normalize: bool | None = None
@@ -158,7 +170,7 @@ class Recipe:
 
     def _fill_in(self) -> None:
         """Give the fields left out their defaults: of the method first, then of the data set."""
-        defaults = dict(DATA_DEFAULTS.get(self.data, _CIFAR))
+        defaults = dict(DATA_DEFAULTS[family_of(self.data)])
         objective = self.make_objective()
         if objective.steps is not None:
             eps = defaults["eps"] if self.eps is None else self.eps
@@ -168,15 +180,29 @@ class Recipe:
                 object.__setattr__(self, name, value)
         if self.track_alpha is None:
             object.__setattr__(self, "track_alpha", self.alpha)
-        if self.milestones is None:
-            decays = (max(1, self.epochs // 2), max(1, self.epochs * 3 // 4))
-            object.__setattr__(self, "milestones", decays)
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        self._check_milestones()
+        epochs = (max(1, _epoch_at(m, self.epochs)) if 0 < m < 1 else m for m in self.milestones)
+        object.__setattr__(self, "milestones", tuple(epochs))
+        if self.decays is not None:
+            object.__setattr__(self, "decays", tuple(self.decays))
         if self.objective_name == "trades" and "awp" in self.parts:
             own = {"gamma": 0.005, "warmup": self.epochs // 20}  # 10 of 200 epochs (Wu et al. 2020)
             object.__setattr__(self, "awp_options", own | self.awp_options)
-        epochs = {name: int(share * self.epochs) for name, share in EPOCH_SHARES.get(self.targets_name, {}).items()}
+        shares = EPOCH_SHARES.get(self.targets_name, {})
+        epochs = {name: _epoch_at(share, self.epochs) for name, share in shares.items()}
         object.__setattr__(self, "target_options", epochs | self.target_options)
+
+    def _check_milestones(self) -> None:
+        for value in self.milestones:
+            if not (_is_number(value) and value >= 0):
+                raise InputError(f"recipe: milestones holds {value!r}; give epochs, or shares of the run")
+        for value in self.decays or ():
+            if not (_is_number(value) and 0 < value <= 1):
+                raise InputError(f"recipe: decays holds {value!r}; give factors above 0, at most 1")
+        if self.decays is not None and len(self.decays) != len(self.milestones):
+            raise InputError(
+                f"recipe: {len(self.decays)} decays for {len(self.milestones)} milestones; give one for each"
+            )
 
     def _check_parts(self) -> None:
         if self.objective_name not in OBJECTIVES:
@@ -281,7 +307,10 @@ class Recipe:
         """The learning rate at `progress` epochs (a fraction within an epoch) into the run."""
         share = progress / self.epochs
         if self.schedule == "multistep":
-            return self.lr * 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+            passed = [progress >= milestone for milestone in self.milestones]
+            if self.decays is None:
+                return self.lr * 0.1 ** sum(passed)
+            return self.lr * math.prod(itertools.compress(self.decays, passed))
         if self.schedule == "onecycle":
             return self.lr * (share / 0.3 if share < 0.3 else (1 - share) / 0.7)
         if self.schedule == "cosine":
@@ -303,7 +332,7 @@ class Recipe:
             options = {key: value for key, value in given[name].items() if base[name].get(key) != value}
             changes = {k: v for k, v in changes.items() if k != name} | ({name: options} if options else {})
         always = {"data": self.data, "method": self.method}
-        if self.epochs != DATA_DEFAULTS.get(self.data, _CIFAR)["epochs"]:
+        if self.epochs != DATA_DEFAULTS[family_of(self.data)]["epochs"]:
             always["epochs"] = self.epochs
         result = always | changes
         # A field that was left out may be filled in from one that was given (the tracking step from α): name it then.
@@ -311,7 +340,8 @@ class Recipe:
         return result | {name: value for name, value in given.items() if again[name] != value}
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"milestones": list(self.milestones)}
+        decays = None if self.decays is None else list(self.decays)
+        return dataclasses.asdict(self) | {"milestones": list(self.milestones), "decays": decays}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -352,6 +382,11 @@ def parse_radius(text: str, name: str = "--eps") -> float:
         raise InputError(f"{name} is {text!r}; give a number such as 0.2 or 8/255") from None
 
 
+def _epoch_at(share: float, epochs: int) -> int:
+    """The epoch, counted from 0, at a share of the run; rounded down, but not for the share's own rounding."""
+    return int(share * epochs + 1e-6)
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, option by option."""
     both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
@@ -376,6 +411,10 @@ def _as_json(name: str, options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"recipe: {name} cannot be written as JSON ({error}); give text, numbers and lists, e.g. a file's name"
         ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_type(name: str, annotation: str, value: Any) -> None:

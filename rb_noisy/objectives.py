@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rb_noisy.criteria import Criterion, cross_entropy, normalized_and_reverse
+from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, make_named
 
 
@@ -26,6 +28,7 @@ class Objective:
         alpha_ratio: its step size over ε where the method fixes it; None leaves it to the recipe.
         start_ratio: radius of the uniform random start over ε.
         project: whether the attack is projected onto the ε-ball.
+        trains_start: whether the pass at the attack's start is trained too, see `LIET`.
     """
 
     uses_natural: ClassVar[bool]
@@ -36,6 +39,7 @@ class Objective:
     alpha_ratio: ClassVar[float | None] = None
     start_ratio: ClassVar[float] = 1.0
     project: ClassVar[bool] = True
+    trains_start: ClassVar[bool] = False
 
     @property
     def attack_weight(self) -> float:
@@ -121,6 +125,103 @@ class NFGSM(PGDAT):
 
 
 @dataclass(frozen=True)
+class LIET(PGDAT):
+    """Label-information elimination (LIET; Pan et al., ICCV 2025; what the paper leaves open is the released code's).
+
+    One step of ε from a start that holds what a one-step network would hide a label in: ±ε·signs[y], the signs of the
+    gradient on a grey image of class y (`label_signs`), with a random share of the pixels replaced by noise. The pass
+    at the start is trained too, and both passes are held together:
+
+        CE(f(x̃), soft target) + λₜ·JS(p(x₀), p(x̃)),  λₜ growing linearly over the epochs to `consistency`.
+
+    The target is softened by a random distribution over the other classes (`soften`), drawn anew each time; so is the
+    label in the attack's loss. Above ε = 8/255 the noise reaches 2ε and x̃ is not projected onto the ε-ball. The
+    defaults are the authors' for CIFAR-10, with averaged weights; for CIFAR-100 smoothing is 0.8 and consistency 200.
+
+    Attributes:
+        smoothing: share of the target that goes to the other classes at random.
+        consistency: the last λ.
+        noise_from, noise_to: the share of replaced pixels is drawn from this range for every batch.
+        refresh: steps (within an epoch) for which `label_signs` are kept.
+    """
+
+    smoothing: float = 0.6
+    consistency: float = 100.0
+    noise_from: float = 0.1
+    noise_to: float = 0.5
+    refresh: int = 20
+
+    steps = 1
+    alpha_ratio = 1.0
+    trains_start = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"smoothing is {self.smoothing}; give a share of the target, from 0 to below 1")
+        if not 0 <= self.consistency < math.inf:
+            raise InputError(f"consistency is {self.consistency}; give a number of at least 0")
+        if not 0 <= self.noise_from <= self.noise_to <= 1:
+            raise InputError(
+                f"noise_from and noise_to are {self.noise_from}, {self.noise_to}; give 0 <= from <= to <= 1"
+            )
+        if self.refresh < 1:
+            raise InputError(f"refresh is {self.refresh}; give a number of steps, from 1 up")
+
+    @staticmethod
+    def wide(eps: float) -> bool:
+        """Whether ε is so great that the noise reaches 2ε and x̃ is not projected."""
+        return eps > 8 / 255 + 1e-9
+
+    def label_signs(
+        self, network: Callable[[Tensor], Tensor], num_classes: int, like: Tensor, draws: torch.Generator | None
+    ) -> Tensor:
+        """(K, C, H, W) of −1, 0 and 1: the sign of the loss' gradient on a uniformly grey image, for every class.
+
+        Args:
+            network: (K, C, H, W) images → logits (K, K), in eval mode.
+            like: images (N, C, H, W) of that size and device.
+            draws: of the softened labels.
+        """
+        grey = torch.full((num_classes, *like.shape[1:]), 0.5, device=like.device).requires_grad_()
+        labels = torch.arange(num_classes, device=like.device)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.start_loss(network(grey), labels, draws), grey)
+        return gradient.sign()
+
+    def start(self, x: Tensor, signs: Tensor, eps: float, wide: bool, draws: torch.Generator | None) -> Tensor:
+        """x₀, (N, C, H, W) in [0, 1], for images x and the (N, C, H, W) label signs of their classes."""
+
+        def uniform(*shape: int) -> Tensor:
+            return to_device(torch.rand(shape, generator=draws), x.device)
+
+        replaced, noise = uniform(*x.shape), 2 * uniform(*x.shape) - 1
+        share, sign = (float(torch.rand((), generator=draws)) for _ in range(2))
+        share = self.noise_from + (self.noise_to - self.noise_from) * share
+        delta = torch.where(replaced < share, (2 * eps if wide else eps) * noise, eps * signs)
+        return (x - delta if sign < 0.5 else x + delta).clamp(0.0, 1.0)
+
+    def soften(self, target: Tensor, labels: Tensor, draws: torch.Generator | None) -> Tensor:
+        """(1 − s)·target + s·r, (B, K), r a random distribution over the classes other than `labels` (B,)."""
+        if not self.smoothing:
+            return target
+        random = to_device(torch.rand(target.shape, generator=draws), target.device).to(target)
+        random = random.scatter(1, labels[:, None], 0.0)
+        return (1 - self.smoothing) * target + self.smoothing * random / random.sum(1, keepdim=True)
+
+    def start_loss(self, logits: Tensor, labels: Tensor, draws: torch.Generator | None) -> Tensor:
+        """What the step from the start raises, summed over the batch: the cross entropy with softened labels (B,)."""
+        hard = F.one_hot(labels, logits.shape[1]).to(logits)
+        return cross_entropy(logits, self.soften(hard, labels, draws)).sum()
+
+    def compared(self, start: Tensor, adversarial: Tensor, share: float) -> Tensor:
+        """λₜ·JS(p(x₀), p(x̃)), a scalar, of the (B, K) logits; `share` (0..1) of the epochs, this one included."""
+        p, q = start.float().softmax(1), adversarial.float().softmax(1)
+        middle = ((p + q) / 2).clamp_min(1e-30).log()
+        divergence = F.kl_div(middle, p, reduction="batchmean") + F.kl_div(middle, q, reduction="batchmean")
+        return self.consistency * share * divergence / 2
+
+
+@dataclass(frozen=True)
 class TRADES(Objective):
     """CE(f(x), target) + β·KL(f(x) ‖ f(x̃)), x̃ from raising that KL from x + 0.001·N(0, 1) (Zhang et al. 2019)."""
 
@@ -197,6 +298,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "nrat": NRAT,
     "fgsm-rs": FGSMRS,
     "n-fgsm": NFGSM,
+    "liet": LIET,
 }
 
 

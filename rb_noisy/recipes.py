@@ -87,9 +87,9 @@ class Recipe:
         noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`; "human:FILE:SET" is short for
             "human" with the options file and key.
         backbone, backbone_options: a timm name (ours or any) and its own options.
-        method: an objective ("st", "pgd-at", "trades", "mart", "nrat", "fgsm-rs", "n-fgsm"), then in any order "+" and
-            at most one part of each kind: a target ("ls", "sglr", "sglr-released", "sat", "te", "elr", "adr", "kd",
-            "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g. "trades+sglr+awp".
+        method: an objective ("st", "pgd-at", "trades", "mart", "nrat", "fgsm-rs", "n-fgsm", "liet"), then in any order
+            "+" and at most one part of each kind: a target ("ls", "sglr", "sglr-released", "sat", "te", "elr", "adr",
+            "kd", "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g. "trades+sglr+awp".
         objective_options, target_options, criterion_options, awp_options, averaging_options: of those parts, e.g.
             {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}; {"gamma": 0.01}; {"decay": 0.999}.
         eps, alpha: radius and step of the training attack, in units of the image range [0, 1]; "8/255" is read too.
@@ -250,7 +250,7 @@ class Recipe:
         if not 0 <= self.eps_warmup <= 1:
             raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
         objective = self.make_objective()
-        if self.norm == "L2" and objective.start_ratio != 1:
+        if self.norm == "L2" and (objective.start_ratio != 1 or objective.trains_start):
             raise InputError(f"recipe: {self.objective_name} is defined for norm Linf only; give norm Linf")
         if objective.steps not in (None, self.steps):
             raise InputError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, pgd
+from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, in_mode, moved, pgd
 from rb_noisy.data import augment, from_bytes
 from rb_noisy.device import gather
 from rb_noisy.fast import FastForm
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
-from rb_noisy.targets import Assignment, Batch
+from rb_noisy.targets import Assignment, Batch, Penalty
 from rb_noisy.weights import Averager, kept_buffers
 
 if TYPE_CHECKING:
@@ -51,9 +52,20 @@ class Step:
         self.averager, self.teachers, self.record, self.x, self.y = averager, teachers, record, x, y
         self.objective, self.targets = recipe.make_objective(), recipe.make_targets()
         self.criterion, self.awp = recipe.make_criterion(), recipe.make_awp()
+        self.label_signs: Tensor | None = None  # of `LIET`
 
-    def __call__(self, index: Tensor, epoch: int, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Step on the samples in `index`, (B,), `progress` epochs into the run.
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step within an epoch takes from those before it."""
+        return {} if self.label_signs is None else {"label_signs": self.label_signs}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        signs = state.get("label_signs")
+        self.label_signs = None if signs is None else signs.to(self.x.device)
+
+    def __call__(
+        self, index: Tensor, epoch: int, progress: float, draws: torch.Generator, number: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Step on the samples in `index`, (B,), `progress` epochs into the run; `number` steps were made in its epoch.
 
         Returns:
             The loss and the gradient norm, both () on the device.
@@ -71,6 +83,7 @@ class Step:
             hard=F.one_hot(y, self.record.average.shape[1]).to(self.record.average),
             epoch=epoch,
             share=progress / recipe.epochs,
+            epochs=recipe.epochs,
             supervises=self.objective.supervises,
             eps=recipe.eps * grown,
             alpha=recipe.alpha * grown,
@@ -85,15 +98,18 @@ class Step:
         self.wrapped.train()
         self.targets.before_attack(batch, self.record)
         batch.labels = self.targets.attack_labels(self.model, batch, self.record)
-        attack = self._attack(batch)
+        if self.objective.trains_start:
+            self._start(batch, number)
+        else:
+            self._attack(batch)
         self.optimizer.zero_grad()
         if self.awp is None or epoch < self.awp.warmup:
-            assignment, loss = self._forward(batch, attack, self.wrapped)
+            assignment, loss = self._forward(batch, self.wrapped)
             self.accelerator.backward(loss)
         else:
             # Of the two passes only the one at the perturbed weights may move the BatchNorm statistics.
             with kept_buffers(self.model):
-                assignment, loss = self._forward(batch, attack, self.model)
+                assignment, loss = self._forward(batch, self.model)
                 gradients = self._gradients(loss)
             with self.awp.perturbed(self.model, gradients):
                 self._passes(batch, self.wrapped)
@@ -104,13 +120,38 @@ class Step:
         self.optimizer.step()
         return loss.detach(), norm
 
-    def _attack(self, batch: Batch) -> AttackResult | None:
-        """Put x̃ into the batch; κ is against the given labels. None where the method does not attack."""
+    def _start(self, batch: Batch, number: int) -> None:
+        """Put the start of the attack into the batch, for objectives that train there."""
+        objective = self.objective
+        if self.label_signs is None or number % objective.refresh == 0:
+            with in_mode(self.model, "eval"):
+                self.label_signs = objective.label_signs(self.model, batch.hard.shape[1], batch.x, batch.draws)
+        signs = self.label_signs[batch.labels].to(memory_format=torch.channels_last)
+        batch.x_start = objective.start(batch.x, signs, batch.eps, objective.wide(self.recipe.eps), batch.draws)
+
+    def _step_from_start(self, batch: Batch) -> None:
+        """Put x̃ into the batch, a step from the start, whose pass has been made and is trained too."""
+        objective, penalty = self.objective, self._attack_penalty(batch)
+        raised = objective.start_loss(batch.start, batch.labels, batch.draws)
+        if penalty is not None:
+            raised = raised + len(batch.y) * penalty(batch.start)
+        (gradient,) = torch.autograd.grad(raised, batch.x_start, retain_graph=True)
+        project = not objective.wide(self.recipe.eps)
+        batch.x_adv = moved(batch.x_start, batch.x, gradient, batch.eps, batch.alpha, "Linf", project)
+        prediction = batch.start.detach().argmax(1)
+        batch.attack = AttackResult(batch.x_adv, (prediction == batch.y).long(), start_prediction=prediction)
+
+    def _attack_penalty(self, batch: Batch) -> Penalty | None:
+        """What the attack raises beside its loss."""
+        return self.targets.penalty(batch, self.record) if self.targets.attack_penalty else None
+
+    def _attack(self, batch: Batch) -> None:
+        """Put x̃ into the batch, and what the attack found, κ against the given labels; nothing without an attack."""
         recipe, objective = self.recipe, self.objective
         if objective.attack_loss is None:
-            return None
+            return
         loss: str | AttackLoss = objective.attack_loss
-        penalty = self.targets.penalty(batch, self.record) if self.targets.attack_penalty else None
+        penalty = self._attack_penalty(batch)
         if penalty is not None:
             raised = ATTACK_LOSSES[objective.attack_loss]
 
@@ -119,7 +160,7 @@ class Step:
 
         if self.attacked is not None:
             self.attacked.update(self.model)
-        attack = pgd(
+        batch.attack = pgd(
             self.model if self.attacked is None else self.attacked,
             batch.x,
             batch.labels,
@@ -136,21 +177,28 @@ class Step:
             kappa_labels=batch.y,
             check_images=False,  # they are the data set's; to look at them is to wait for the device
         )
-        batch.x_adv = attack.x_adv
-        return attack
+        batch.x_adv = batch.attack.x_adv
 
     def _passes(self, batch: Batch, network: nn.Module) -> None:
-        """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last."""
+        """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last.
+
+        Where the start of the attack is trained too, x̃ comes of its first pass.
+        """
+        if batch.x_start is not None:
+            batch.start = network(batch.x_start.requires_grad_(batch.x_adv is None))
+            if batch.x_adv is None:
+                self._step_from_start(batch)
         if batch.x_adv is not None:
             batch.adversarial = network(batch.x_adv)
         if self.objective.uses_natural:
             batch.natural = network(batch.x)
 
-    def _forward(self, batch: Batch, attack: AttackResult | None, network: nn.Module) -> tuple[Assignment, Tensor]:
+    def _forward(self, batch: Batch, network: nn.Module) -> tuple[Assignment, Tensor]:
         """All passes of the batch, what it is trained towards, and the loss; the record learns of it."""
         self._passes(batch, network)
         if self.targets.natural_mode(batch.epoch) == "train" and not self.objective.uses_natural:
             batch.guiding = self._without_gradient(network, batch.x)
+        attack = batch.attack
         with torch.no_grad():
             logits = batch.natural if batch.adversarial is None else batch.adversarial
             per_sample = F.cross_entropy(logits.float(), batch.y, reduction="none")
@@ -158,6 +206,9 @@ class Step:
             seen = (batch.index, kappa, per_sample, logits.argmax(1) if prediction is None else prediction)
             self.record.observe(*(None if value is None else self._gather(value) for value in seen))
             assignment = self.targets(batch, self.record)
+            if self.objective.trains_start:
+                softened = self.objective.soften(assignment.target, batch.labels, batch.draws)
+                assignment = replace(assignment, target=softened)
         return assignment, self._loss(batch, assignment)
 
     @torch.no_grad()
@@ -166,6 +217,8 @@ class Step:
 
     def _loss(self, batch: Batch, assignment: Assignment) -> Tensor:
         loss = self.objective(batch.natural, batch.adversarial, assignment.target, assignment.weight, self.criterion)
+        if self.objective.trains_start:
+            loss = loss + self.objective.compared(batch.start, batch.adversarial, (batch.epoch + 1) / batch.epochs)
         return loss if assignment.penalty is None else loss + assignment.penalty(batch.supervised)
 
     def _gradients(self, loss: Tensor) -> list[Tensor | None]:

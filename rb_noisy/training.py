@@ -153,7 +153,9 @@ class _Trainer:
         self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
         self._try_forward(data)
         # What Accelerate makes of the network cannot be copied.
-        in_eval_mode = recipe.attack_mode == "eval" and recipe.make_objective().attack_loss is not None
+        objective = recipe.make_objective()
+        attacks = objective.attack_loss is not None and not objective.trains_start
+        in_eval_mode = recipe.attack_mode == "eval" and attacks
         half = recipe.precision == "bf16"
         attacked = fast_form(self.model, compiled=compiled, half=half) if in_eval_mode else None
         if attacked is not None:
@@ -247,6 +249,7 @@ class _Trainer:
         torch.manual_seed(_seed(recipe.seed, 2, epoch, rank, *fresh))  # dropout
         draws = torch.Generator().manual_seed(_seed(recipe.seed, 3, epoch, rank, *fresh))  # crops, flips, random starts
         _set_random(progress.random, draws, self.device)
+        self.step.load_state_dict(progress.random)
         shared = torch.Generator().manual_seed(_seed(recipe.seed, 4, epoch))  # the same order on every process
         train_index = self.tracker.train_index
         order = to_device(train_index[torch.randperm(len(train_index), generator=shared)], self.device)
@@ -263,7 +266,7 @@ class _Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(share)
             try:
-                loss, norm = self.step(batch, epoch, share, draws)
+                loss, norm = self.step(batch, epoch, share, draws, round(first) + step)
             except RuntimeError:  # to draw a label from a NaN, say, before anyone has looked at the losses
                 self._check_losses()
                 self._check_weights()
@@ -309,7 +312,7 @@ class _Trainer:
         now = time.perf_counter()
         self.progress.seconds += now - self.epoch_started
         self.epoch_started = now
-        self.progress.random = _get_random(draws, self.device)
+        self.progress.random = _get_random(draws, self.device) | self.step.state_dict()
         self._save(self.progress)
         self.next_checkpoint = minutes + self.checkpoint_minutes
         return minutes >= self.max_minutes

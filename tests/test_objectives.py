@@ -109,7 +109,7 @@ def test_every_objective_says_what_training_must_know():
         assert objective.supervises in ("natural", "adversarial"), name
         assert objective.uses_natural or objective.supervises == "adversarial", name
         fast = (objective.steps, objective.alpha_ratio, objective.start_ratio, objective.project)
-        expected = {"fgsm-rs": (1, 1.25, 1.0, True), "n-fgsm": (1, 1.0, 2.0, False)}
+        expected = {"fgsm-rs": (1, 1.25, 1.0, True), "n-fgsm": (1, 1.0, 2.0, False), "liet": (1, 1.0, 1.0, True)}
         assert fast == expected.get(name, (None, None, 1.0, True)), name
     assert isinstance(make_objective("fgsm-rs"), PGDAT)
 

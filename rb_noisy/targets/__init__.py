@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rb_noisy.errors import make_named
 from rb_noisy.targets.annotator import Annotator
-from rb_noisy.targets.base import Assignment, Batch, Targets
+from rb_noisy.targets.base import Assignment, Batch, Penalty, Targets
 from rb_noisy.targets.labels import Hard, KappaGuided, LabelSmoothing, SelfGuided, self_adaptive, sglr_released
 from rb_noisy.targets.penalties import EarlyLearning, TemporalEnsembling
 from rb_noisy.targets.teachers import AnnealedSelfDistillation, Distillation
@@ -24,6 +24,7 @@ __all__ = [
     "Hard",
     "KappaGuided",
     "LabelSmoothing",
+    "Penalty",
     "SelfGuided",
     "Targets",
     "make_targets",

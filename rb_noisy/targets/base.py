@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rb_noisy.attacks import AttackResult
 from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
 
@@ -21,10 +22,12 @@ class Batch:
     Attributes:
         index: (B,) rows of the batch in the training set.
         x: (B, C, H, W) images. y: (B,) given labels. hard: (B, K) the same, one-hot.
-        epoch: counted from 0. share: how much of the run is done, 0..1.
+        epoch: counted from 0, of `epochs`. share: how much of the run is done, 0..1.
         guiding: (B, K) logits on x of the pass that only the target needs (`natural_mode`); without a gradient.
         x_adv, natural, adversarial: the attacked images, and the (B, K) logits on x and on x̃ of the passes that are
             trained. Each is None before it is computed, and where the method computes none.
+        x_start, start: where the attack starts, and the logits there, where that pass is trained too.
+        attack: what the attack found, None before it and without one.
         gather: collects a (B, …) tensor over processes, so that every process keeps the whole record.
         teach: (teacher's name, images) → its (B, K) logits, without a gradient.
         supervises: which of the two passes the objective trains towards the target, "natural" or "adversarial".
@@ -39,11 +42,15 @@ class Batch:
     hard: Tensor
     epoch: int
     share: float
+    epochs: int = 1
     labels: Tensor | None = None
     guiding: Tensor | None = None
     x_adv: Tensor | None = None
     natural: Tensor | None = None
     adversarial: Tensor | None = None
+    x_start: Tensor | None = None
+    start: Tensor | None = None
+    attack: AttackResult | None = None
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     teach: Callable[[str, Tensor], Tensor] | None = None
     supervises: str = "adversarial"

@@ -47,7 +47,7 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
     assert longer.exit_code == 0, longer.output
     recipe = Run.open(tmp_path / "b").recipe
     assert recipe.milestones == (2, 3), "what the length of the run decides moves with it"
-    assert recipe.target_options == {"r": 0.4, "momentum": 0.5, "start_epoch": 4 * 90 // 200}
+    assert recipe.target_options == {"r": 0.4, "momentum": 0.5, "start_epoch": 4 * 89 // 200}
     refused = call("publish", run, "other", "--zoo", "hf://me/zoo")
     assert refused.exit_code == 2
     assert "publish into a folder" in refused.output

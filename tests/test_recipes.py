@@ -73,6 +73,27 @@ def test_bad_schedules_are_named(fields, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "epochs", "expected"),
+    [
+        # SGLR's released main_adv.py: `for epoch in range(args.start_epoch, args.epochs + 1)` with start_epoch 1, ES=90
+        # and EPOCHS=200 in its script, and in losses/loss.py hard labels while `epoch < self.es`.
+        ("pgd-at+sglr-released", 200, {"start_epoch": 89}),
+        ("pgd-at+sglr", 200, {"start_epoch": 89}),
+        ("pgd-at+sglr", 20, {"start_epoch": 8}),
+        # TE's released train_te.py: `for epoch in range(1, args.epochs + 1)`, start-es 90, end-es 150.
+        ("pgd-at+te", 200, {"start_epoch": 89, "ramp_end": 149}),
+        # SAT's released main.py counts from 0: ES=60, EPOCHS=200.
+        ("pgd-at+sat", 200, {"start_epoch": 60}),
+        # [NL E.1]: "we use the same generation method with PGD-based annotator as previous mentioned before Epoch 40".
+        ("pgd-at+annotator", 120, {"start_epoch": 40}),
+        ("pgd-at+annotator", 3, {"start_epoch": 1}),
+    ],
+)
+def test_targets_start_where_the_released_code_starts_counted_from_0(method, epochs, expected):
+    assert Recipe(data="cifar10", method=method, epochs=epochs).target_options == expected
+
+
 def test_cifar_images_are_not_standardised_by_default():
     """As in [SGLR]'s released transforms, and in [NL App. C.1]: "Each pixel is scaled by 1/255"."""
     assert [Recipe(data=data).normalize for data in ("cifar10", "cifar100", "npz:mine.npz")] == [False] * 3

@@ -46,12 +46,13 @@ TARGETS: dict[str, Callable[..., Targets]] = {
 
 # Epochs that a target's options name, as shares of the run, for recipes that leave them out.
 EPOCH_SHARES: dict[str, dict[str, float]] = {
-    # The released code starts at epoch 90 of 200; the paper is silent.
-    "sglr": {"start_epoch": 0.45},
-    "sglr-released": {"start_epoch": 0.45},
-    "sat": {"start_epoch": 0.3},  # 60 of 200
-    "te": {"start_epoch": 0.45, "ramp_end": 0.75},  # 90 and 150 of 200
-    "annotator": {"start_epoch": 1 / 3},  # 40 of 120
+    # The released code of SGLR and of TE counts epochs from 1 and starts at its epoch 90 of 200, which is 89 counted
+    # from 0; SAT's counts from 0. SGLR's paper is silent.
+    "sglr": {"start_epoch": 89 / 200},
+    "sglr-released": {"start_epoch": 89 / 200},
+    "sat": {"start_epoch": 60 / 200},
+    "te": {"start_epoch": 89 / 200, "ramp_end": 149 / 200},
+    "annotator": {"start_epoch": 40 / 120},
     "kgr": {"start_epoch": 0.3},
 }
 

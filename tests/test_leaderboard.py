@@ -90,6 +90,28 @@ def test_published_file_holds_the_tables_of_the_sglr_paper(published, dataset, m
     assert found == [figures]
 
 
+@pytest.mark.parametrize(
+    ("method", "natural", "pgd20", "autoattack", "cifar100"),
+    [  # arXiv 2604.22853: ResNet-18, 100 epochs, label smoothing, averaged weights, means of 3 seeds
+        ("PGD-AT + WA", 82.36, 54.28, 50.49, 26.90),
+        ("LIET", 80.68, 56.12, 49.99, 26.64),
+        ("N-FGSM", 78.59, 53.13, 47.77, 24.86),
+        ("FGSM-RS", 77.66, 48.38, 43.09, 21.42),
+        ("NuAT", 80.98, 54.78, 50.10, 14.41),
+    ],
+)
+def test_published_file_holds_the_one_step_methods_under_one_roof(
+    published, method, natural, pgd20, autoattack, cifar100
+):
+    rows = {
+        entry["dataset"]: [entry["clean_acc"], entry["pgd20_acc"], entry["autoattack_acc"]]
+        for entry in published
+        if entry["method"] == method and entry["source"].startswith("FastAT")
+    }
+    assert rows["cifar10"] == [natural, pgd20, autoattack]
+    assert rows["cifar100"][2] == cifar100
+
+
 def test_published_file_holds_both_checkpoints_of_thirteen_table_rows(published):
     sglr = [entry for entry in published if entry["source"].startswith("SGLR")]
     assert len(sglr) == 26

@@ -318,7 +318,7 @@ def _residual(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 @register_model
 def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """PreAct-ResNet-18, 11.17 M parameters (He et al. 2016b; the network of Rice et al. and of [SGLR])."""
+    """PreAct-ResNet-18, 11.17 M parameters (He et al. 2016b; the network of Rice et al. and of [SGLR] Figure 1)."""
     return _residual("preact_resnet18", pretrained, **kwargs)
 
 
@@ -342,7 +342,7 @@ def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 in CIFAR form [NL, App. C.1]; timm's own `resnet18` is the ImageNet form."""
+    """ResNet-18 in CIFAR form [NL, App. C.1; SGLR §4]; timm's own `resnet18` is the ImageNet form."""
     return _residual("resnet18_cifar", pretrained, **kwargs)
 
 

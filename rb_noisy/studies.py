@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.recipes import family_of, flatten
 
 FILE = Path(__file__).with_name("studies.json")
 
@@ -26,17 +27,25 @@ def studies() -> dict[str, str]:
     return {name: study["about"] for name, study in _read().items()}
 
 
-def study(name: str) -> Grid:
-    """A named study. Where it needs teachers they are the zoo's models `at_{data}` and `st_{data}`.
+def study(name: str, data: Sequence[str] = ()) -> Grid:
+    """A named study, for these data sets, whose settings in the paper are axes of one value each.
+
+    Where it needs teachers they are the zoo's models `at_{data}` and `st_{data}`.
 
     Raises:
-        InputError: no such study.
+        InputError: no such study, or one with other settings for one of the data sets than for another.
     """
     known = _read()
     if name not in known:
         raise unknown_name("study", name, known)
     found = known[name]
-    return Grid(found.get("axes", {}), found.get("recipes", [{}]))
+    settings = {one: found.get("settings", {}).get(family_of(one), {}) for one in data}
+    first = next(iter(settings.values()), {})
+    for one, own in settings.items():
+        if own != first:
+            raise InputError(f"{name} has other settings for {one} than for {data[0]}; sweep them into two folders")
+    axes = {field: [value] for field, value in flatten(first).items()}
+    return Grid(axes | found.get("axes", {}), found.get("recipes", [{}]))
 
 
 def _read() -> dict[str, Any]:

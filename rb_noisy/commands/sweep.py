@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,7 +65,7 @@ def sweep(
         texts = [f"{name}={text}" for name, text in named.items() if text is not None]
         axes, entries = parse_axes([*texts, *(settings or [])]), None
         if grid is not None:
-            named_grid = read_grid(grid)
+            named_grid = read_grid(grid, axes.get("data", []))
             axes, entries = {**named_grid.axes, **axes}, named_grid.recipes
         recipes = expand_grid(axes, entries)
         for teacher in {teacher for recipe in recipes.values() for teacher in recipe.make_targets().teachers}:
@@ -129,15 +129,15 @@ def split_values(text: str, name: str) -> list[str]:
     return values
 
 
-def read_grid(name: str) -> Grid:
-    """The recipes of a --grid file, or of a named study."""
+def read_grid(name: str, data: Sequence[str]) -> Grid:
+    """The recipes of a --grid file, or of a named study for these data sets."""
     from rb_noisy.studies import Grid, studies, study
 
     file = Path(name)
     if not file.is_file():
         if file.suffix == ".json":
             raise InputError(f"--grid {file} is no file; name a JSON list of recipes, or one of {', '.join(studies())}")
-        return study(name)
+        return study(name, data)
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

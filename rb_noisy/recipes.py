@@ -14,7 +14,7 @@ from rb_noisy.criteria import CRITERIA, Criterion, make_criterion
 from rb_noisy.errors import InputError, make_named, unknown_name
 from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
-from rb_noisy.targets import EPOCH_SHARES, TARGETS, Targets, make_targets
+from rb_noisy.targets import EPOCH_SHARES, TARGETS, TAUGHT, Targets, make_targets
 from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
@@ -89,7 +89,8 @@ class Recipe:
         backbone, backbone_options: a timm name (ours or any) and its own options.
         method: an objective ("st", "pgd-at", "trades", "mart", "nrat", "fgsm-rs", "n-fgsm", "liet"), then in any order
             "+" and at most one part of each kind: a target ("ls", "sglr", "sglr-released", "sat", "te", "elr", "adr",
-            "kd", "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g. "trades+sglr+awp".
+            "kd", "ard", "rslad", "annotator", "kgr"), a criterion ("sce"), "awp", and "wa" or "swa": e.g.
+            "trades+sglr+awp".
         objective_options, target_options, criterion_options, awp_options, averaging_options: of those parts, e.g.
             {"beta": 6.0}; {"r": 0.2, "temperature": 1.5, "start_epoch": 0}; {"gamma": 0.01}; {"decay": 0.999}.
         eps, alpha: radius and step of the training attack, in units of the image range [0, 1]; "8/255" is read too.
@@ -217,6 +218,10 @@ class Recipe:
             seen[kinds[part]] = part
         if self.targets_name == "kd" and (self._part("criterion") or self.objective_name in ("mart", "nrat")):
             raise InputError(f"method {self.method!r}: kd needs the plain cross entropy of st, pgd-at or trades")
+        if self.targets_name in ("ard", "rslad") and (self.objective_name != "pgd-at" or self._part("criterion")):
+            raise InputError(
+                f"method {self.method!r}: {self.targets_name} is a loss of its own; write pgd-at+{self.targets_name}"
+            )
         # One name for one method, however its parts were ordered.
         kinds_in_order = list(PARTS)
         parts = sorted(self.parts, key=lambda part: kinds_in_order.index(kinds[part]))
@@ -323,8 +328,8 @@ class Recipe:
         What to build another recipe on: with another `epochs` the milestones then move too.
         """
         given = self.to_dict()
-        # kd has no teacher by default, and no recipe without one.
-        needed = self.target_options if self.targets_name == "kd" else {}
+        # What is taught has no teacher by default, and no recipe without one.
+        needed = self.target_options if self.targets_name in TAUGHT else {}
         base = Recipe(data=self.data, method=self.method, epochs=self.epochs, target_options=needed).to_dict()
         base["target_options"] = {k: v for k, v in base["target_options"].items() if k not in needed}
         changes = {name: value for name, value in given.items() if value != base[name]}

@@ -150,7 +150,7 @@ class Step:
         recipe, objective = self.recipe, self.objective
         if objective.attack_loss is None:
             return
-        loss: str | AttackLoss = objective.attack_loss
+        loss: str | AttackLoss = self.targets.attack_loss(batch) or objective.attack_loss
         penalty = self._attack_penalty(batch)
         if penalty is not None:
             raised = ATTACK_LOSSES[objective.attack_loss]
@@ -169,7 +169,7 @@ class Step:
             steps=recipe.steps,
             norm=recipe.norm,
             loss=loss,
-            random_start=objective.random_start,
+            random_start=self.targets.attack_start or objective.random_start,
             start_radius=None if objective.start_ratio == 1 else objective.start_ratio * batch.eps,
             project=objective.project,
             generator=batch.draws,
@@ -180,7 +180,7 @@ class Step:
         batch.x_adv = batch.attack.x_adv
 
     def _passes(self, batch: Batch, network: nn.Module) -> None:
-        """The passes that the objective supervises; x̃ first, so that natural BatchNorm statistics come last.
+        """The passes that are trained; x̃ first, so that natural BatchNorm statistics come last.
 
         Where the start of the attack is trained too, x̃ comes of its first pass.
         """
@@ -190,7 +190,7 @@ class Step:
                 self._step_from_start(batch)
         if batch.x_adv is not None:
             batch.adversarial = network(batch.x_adv)
-        if self.objective.uses_natural:
+        if self.objective.uses_natural or self.targets.trains_natural:
             batch.natural = network(batch.x)
 
     def _forward(self, batch: Batch, network: nn.Module) -> tuple[Assignment, Tensor]:

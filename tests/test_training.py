@@ -17,6 +17,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.objectives import OBJECTIVES
 from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
+from rb_noisy.targets import TAUGHT
 from rb_noisy.training import TrainingDiverged, _Trainer, train
 from rb_noisy.training_data import noisy_labels
 from rb_noisy.weights import AWP
@@ -51,7 +52,7 @@ def succeed(done):
 
 METHODS = [
     *OBJECTIVES,
-    *(f"pgd-at+{part}" for parts in PARTS.values() for part in parts if part not in ("hard", "adr", "kd", "ce")),
+    *(f"pgd-at+{part}" for parts in PARTS.values() for part in parts if part not in ("hard", "adr", "ce", *TAUGHT)),
     *("st+sglr", "st+sat+wa", "trades+ls", "trades+sglr", "trades+te", "trades+sat", "trades+sglr+awp+swa"),
     *(
         "pgd-at+sglr+awp",

@@ -13,11 +13,12 @@ from rb_noisy.targets.annotator import Annotator
 from rb_noisy.targets.base import Assignment, Batch, Penalty, Targets
 from rb_noisy.targets.labels import Hard, KappaGuided, LabelSmoothing, SelfGuided, self_adaptive, sglr_released
 from rb_noisy.targets.penalties import EarlyLearning, TemporalEnsembling
-from rb_noisy.targets.teachers import AnnealedSelfDistillation, Distillation
+from rb_noisy.targets.teachers import ARD, RSLAD, AnnealedSelfDistillation, Distillation
 
 __all__ = [
     "EPOCH_SHARES",
     "TARGETS",
+    "TAUGHT",
     "Annotator",
     "Assignment",
     "Batch",
@@ -40,9 +41,13 @@ TARGETS: dict[str, Callable[..., Targets]] = {
     "elr": EarlyLearning,
     "adr": AnnealedSelfDistillation,
     "kd": Distillation,
+    "ard": ARD,
+    "rslad": RSLAD,
     "annotator": Annotator,
     "kgr": KappaGuided,
 }
+
+TAUGHT = ("kd", "ard", "rslad")  # targets that are nothing without a teacher by name
 
 # Epochs that a target's options name, as shares of the run, for recipes that leave them out.
 EPOCH_SHARES: dict[str, dict[str, float]] = {

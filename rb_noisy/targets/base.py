@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import AttackResult
+from rb_noisy.attacks import AttackLoss, AttackResult
 from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
 
@@ -28,6 +28,7 @@ class Batch:
             trained. Each is None before it is computed, and where the method computes none.
         x_start, start: where the attack starts, and the logits there, where that pass is trained too.
         attack: what the attack found, None before it and without one.
+        taught: (B, K) logits of a teacher on x, where the attack or the loss on x̃ needs them.
         gather: collects a (B, …) tensor over processes, so that every process keeps the whole record.
         teach: (teacher's name, images) → its (B, K) logits, without a gradient.
         supervises: which of the two passes the objective trains towards the target, "natural" or "adversarial".
@@ -51,6 +52,7 @@ class Batch:
     x_start: Tensor | None = None
     start: Tensor | None = None
     attack: AttackResult | None = None
+    taught: Tensor | None = None
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     teach: Callable[[str, Tensor], Tensor] | None = None
     supervises: str = "adversarial"
@@ -90,6 +92,8 @@ class Targets:
     start_average: ClassVar[str] = "onehot"  # what p̄ starts from: the given label, or "zero"
     teachers: ClassVar[tuple[str, ...]] = ()  # names for `Batch.teach`
     attack_penalty: ClassVar[bool] = False  # whether the attack raises the penalty too
+    attack_start: ClassVar[Literal["gaussian"] | None] = None  # how the attack starts; None leaves it to the objective
+    trains_natural: ClassVar[bool] = False  # whether the penalty takes the trained pass on x, `Batch.natural`
 
     def natural_mode(self, epoch: int) -> str | None:
         """In which mode the network sees x for this target, "train" or "eval"; None if it needs no such pass."""
@@ -104,6 +108,10 @@ class Targets:
     def attack_labels(self, model: nn.Module, batch: Batch, record: SampleRecord) -> Tensor:
         """(B,) the labels that the attack moves away from; called before the attack."""
         return batch.y
+
+    def attack_loss(self, batch: Batch) -> AttackLoss | None:
+        """What the attack raises in place of the objective's; None leaves it to the objective."""
+        return None
 
     def penalty(self, batch: Batch, record: SampleRecord) -> Penalty | None:
         return None

@@ -1,15 +1,27 @@
-"""Targets that ask another network: distillation, and ADR with the averaged weights as the teacher."""
+"""Targets that ask another network: distillation, ARD and RSLAD, and ADR with the averaged weights as the teacher."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from rb_noisy.attacks import AttackLoss
 from rb_noisy.errors import InputError
 from rb_noisy.record import SampleRecord
-from rb_noisy.targets.base import Assignment, Batch, Targets, check_fraction, check_temperature, softmax
+from rb_noisy.targets.base import (
+    Assignment,
+    Batch,
+    Penalty,
+    Targets,
+    check_at_least,
+    check_fraction,
+    check_temperature,
+    softmax,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Distillation(Targets):
         check_fraction(robust_weight=self.robust_weight, standard_weight=self.standard_weight)
         check_fraction(**{"robust_weight + standard_weight": sum(self._weights().values())})
         if not self._weights():
-            raise InputError('kd has no teacher; name a run folder or a model: target_options {"robust": "at_digits"}')
+            raise _no_teacher("kd")
 
     @property
     def teachers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -56,6 +68,126 @@ class Distillation(Targets):
 
         # The cross entropy is linear in its target: this is the hard label's share of it.
         return Assignment(batch.hard * (1 - sum(weights.values())), penalty=penalty)
+
+
+def _no_teacher(name: str) -> InputError:
+    return InputError(f'{name} has no teacher; name a run folder or a model: target_options {{"robust": "at_digits"}}')
+
+
+def _kl(taught: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(taught/T) ‖ softmax(logits/T)), (B,)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # a great T leaves little that half precision could tell
+    p, q = ((z.to(dtype) / temperature).log_softmax(1) for z in (taught, logits))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+
+
+class _TaughtOnNatural(Targets):
+    """What has no loss but a penalty towards the teacher's prediction on x."""
+
+    robust: str | None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.robust,)
+
+    def before_attack(self, batch: Batch, record: SampleRecord) -> None:
+        batch.taught = batch.teach(self.robust, batch.x)
+
+    def __call__(self, batch: Batch, record: SampleRecord) -> Assignment:
+        # The cross entropy with nothing is 0: the penalty is the whole loss.
+        return Assignment(torch.zeros_like(batch.hard), penalty=self.loss_of(batch))
+
+    def loss_of(self, batch: Batch) -> Penalty:
+        """Logits on x̃ → the loss."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ARD(_TaughtOnNatural):
+    """Adversarially robust distillation (ARD, Goldblum et al. 2020, as their code does it), with PGD-AT.
+
+        α·T²·s·KL(teacher(x) ‖ f(x̃)) + (1−α)·CE(f(x), y)
+
+    x̃ raises the cross entropy; both predictions in the KL have the temperature T. The authors attack in train mode
+    (`attack_mode`), with ε = 8/255, α = 2/255 and 10 steps, and train for 200 epochs with weight decay 2e-4.
+
+    Attributes:
+        robust: a run folder or a timm name of the robust teacher.
+        alpha: the KL's share; at 1, the default, x still passes in train mode, which moves BatchNorm statistics.
+        kl_scale: s. The paper has 1. The code takes the mean over classes where KL has a sum: 1/10 for ten classes.
+    """
+
+    robust: str | None = None
+    alpha: float = 1.0
+    temperature: float = 30.0
+    kl_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.robust is None:
+            raise _no_teacher("ard")
+        check_fraction(alpha=self.alpha)
+        check_temperature(self.temperature)
+        check_at_least(0, kl_scale=self.kl_scale)
+
+    @property
+    def trains_natural(self) -> bool:  # type: ignore[override]
+        return self.alpha < 1
+
+    def natural_mode(self, epoch: int) -> str | None:
+        return None if self.trains_natural else "train"
+
+    def loss_of(self, batch: Batch) -> Penalty:
+        weight = self.alpha * self.temperature**2 * self.kl_scale
+
+        def loss(logits: Tensor) -> Tensor:
+            taught = weight * _kl(batch.taught, logits, self.temperature).mean()
+            if not self.trains_natural:
+                return taught
+            return taught + (1 - self.alpha) * F.cross_entropy(batch.natural.float(), batch.y)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class RSLAD(_TaughtOnNatural):
+    """Robust soft label adversarial distillation (RSLAD, Zi et al. 2021, as their code does it), with PGD-AT.
+
+        s·(5/6·KL(teacher(x) ‖ f(x̃)) + 1/6·KL(teacher(x) ‖ f(x)))
+
+    No label is used. x̃ raises KL(teacher(x) ‖ f(x̃)) from x + 0.001·N(0, 1), in eval mode, with ε = 8/255, α = 2/255 and
+    10 steps. The authors train for 300 epochs, ÷10 at 215, 260 and 285, with weight decay 2e-4.
+
+    Attributes:
+        robust: a run folder or a timm name of the robust teacher.
+        natural_weight: share of the KL on x.
+        kl_scale: s. The paper has 1. The code takes the mean over ten classes where KL has a sum, and for CIFAR-100 ten
+            times the mean over a hundred, which is 1/10 for both.
+    """
+
+    robust: str | None = None
+    natural_weight: float = 1 / 6
+    kl_scale: float = 0.1
+
+    attack_start = "gaussian"
+    trains_natural = True
+
+    def __post_init__(self) -> None:
+        if self.robust is None:
+            raise _no_teacher("rslad")
+        check_fraction(natural_weight=self.natural_weight)
+        check_at_least(0, kl_scale=self.kl_scale)
+
+    def attack_loss(self, batch: Batch) -> AttackLoss:
+        return lambda logits, natural, y: _kl(batch.taught, logits).sum()
+
+    def loss_of(self, batch: Batch) -> Penalty:
+        shares = (1 - self.natural_weight, self.natural_weight)
+
+        def loss(logits: Tensor) -> Tensor:
+            both = (_kl(batch.taught, z).mean() for z in (logits, batch.natural))
+            return self.kl_scale * sum(share * kl for share, kl in zip(shares, both, strict=True))
+
+        return loss
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def main(
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
     compiled: common.CompileOption = False,
+    processes: common.ProcessesOption = None,
 ) -> None:
     """Everything that a card needs, in one go; run it again to go on after an interruption."""
     with common.user_errors():
@@ -42,6 +43,8 @@ def main(
             seed=seed,
             batch_size=batch_size,
             compiled=compiled,
+            processes=processes,
+            passes=pgd.STEPS + autoattack.PASSES + calibration.PASSES,
         )
         results: dict[str, Any] = {}
         # AutoAttack before calibration, which reads its verdicts.

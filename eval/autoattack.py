@@ -17,6 +17,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.processes import forget_state
 
+PASSES = 1000  # gradients for an image, about: some 2,500 where it stands, hardly any where it does not
 NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
 
@@ -136,6 +137,7 @@ def main(
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
     compiled: common.CompileOption = False,
+    processes: common.ProcessesOption = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="The reference's own passes on the plain network, none spared.")
     ] = False,
@@ -158,6 +160,8 @@ def main(
             seed=seed,
             batch_size=batch_size,
             compiled=compiled,
+            processes=processes,
+            passes=PASSES,
         )
         if reference and (estimate or compiled):
             raise InputError("--reference is the plain network; leave out --estimate and --compile")

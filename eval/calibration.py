@@ -23,6 +23,7 @@ from rb_noisy.files import write_json
 from rb_noisy.geometry import kappa
 
 MNIST_STEPS, MNIST_ALPHA = 40, 0.01  # [NL App. D.2]
+PASSES = 60  # gradients for an image, about: κ on natural and attacked images, and the attack
 KINDS = (("natural", "natural"), ("pgd-20", "PGD-20"))
 SCORES = {"kappa": "κ", "max_softmax": "max-softmax", "margin": "margin"}
 CALIBRATIONS = {
@@ -117,6 +118,7 @@ def main(
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
     compiled: common.CompileOption = False,
+    processes: common.ProcessesOption = None,
     target: Annotated[
         str | None,
         typer.Option(help="Study single predictions: how likely each is right, or is robust (right and stays so)."),
@@ -152,6 +154,8 @@ def main(
             seed=seed,
             batch_size=batch_size,
             compiled=compiled,
+            processes=processes,
+            passes=PASSES if target is None else 0,
         )
         options = {"seed": seed, "batch_size": batch_size, "out": out}
         if target == "right":

@@ -6,6 +6,8 @@ import dataclasses
 import datetime
 import difflib
 import hashlib
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +31,7 @@ from model_zoo.registry import (
     timm_names,
     write_result,
 )
+from rb_noisy.attacks import ATTACK_LOSSES, gradient_of
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.device import keep_freed_memory
@@ -36,6 +39,7 @@ from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
 from rb_noisy.measures import wilson_interval
+from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
 from rb_noisy.processes import Processes
 from rb_noisy.recipes import parse_radius
 from rb_noisy.runs import Run
@@ -70,7 +74,18 @@ RootOption = Annotated[Path | None, typer.Option("--data-root", help="Where data
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Compile the network first (torch.compile): pays off in long evaluations.")
 ]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        help="Share the images among so many processes of one thread. Default on a CPU: what a short measurement says.",
+    ),
+]
 CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="Of a run folder: final or best.")]
+
+
+WORTH_PLACING = 120.0  # seconds of work from which on starting further processes pays
+PLACED_ON = 32  # images of a measurement
 
 
 @dataclass(frozen=True)
@@ -157,19 +172,29 @@ def load_subject(
     seed: int,
     batch_size: int,
     compiled: bool = False,
+    processes: int | None = 1,
+    passes: int = 0,
 ) -> Subject:
     """Find and load the model, its data and its threat model, and check the options that all evaluations share.
 
+    Args:
+        processes: share the work among so many, this command being run anew as each of them; None chooses what is
+            fastest on this CPU, where the work is long enough.
+        passes: about how many gradients the evaluation takes for an image: how long the work is.
+
     Raises:
         InputError: no such model; a data set or ε is needed and not given; it does not fit the model.
+        typer.Exit: the work was done by several processes.
     """
+    if processes is not None and processes != 1 and launched() == 1:
+        raise typer.Exit(relaunch(processes, _command(), sys.argv[1:]))
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; give at least 1")
     if seed < 0:
         raise InputError(f"--seed is {seed}; give 0 or more")
     keep_freed_memory()
-    processes = Processes.launched()
-    console.quiet = not processes.main
+    sharing = Processes.launched()
+    console.quiet = not sharing.main
     chosen = _device(device)
     found = _find(model, zoo, checkpoint, dataset, data_root)
     name = dataset or found.data
@@ -198,7 +223,7 @@ def load_subject(
         raise InputError(f"{model} tells {classes} classes apart but {name} has {data.num_classes}; give --dataset")
     # A figure on other data or another ε is not the card's figure.
     own = found.data is not None and name == found.data and radius == found.eps
-    return Subject(
+    subject = Subject(
         label=found.label,
         model=network,
         x=x[:n],
@@ -214,8 +239,39 @@ def load_subject(
         weights_sha256=found.sha256,
         total=len(x),
         fast=fast_form(network, compiled=compiled),
-        processes=processes,
+        processes=sharing,
     )
+    if processes is None and chosen.type == "cpu" and launched() == 1 and not threads_are_given():
+        _place(subject, passes)
+    return subject
+
+
+def _command() -> str:
+    """The name by which `python -m` started this command."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None or module.name.partition(".")[0] != __package__:
+        raise InputError("--processes is for the command line: python -m eval.autoattack --processes 2 …")
+    return module.name
+
+
+def _place(subject: Subject, passes: int) -> None:
+    """Choose threads, or run the command anew as several processes, if the work is long enough to measure it."""
+    x, y = (tensor[:PLACED_ON].to(subject.device) for tensor in (subject.x, subject.y))
+
+    def gradient() -> None:
+        gradient_of(subject.fast, x, y, x, ATTACK_LOSSES["ce"])
+
+    began = time.perf_counter()
+    gradient()
+    if (time.perf_counter() - began) / len(x) * passes * len(subject.x) < WORTH_PLACING or subject.fast.compiled:
+        return
+    layout = best_layout(gradient)
+    torch.set_num_threads(layout.threads)
+    what = f"{layout.processes} processes of one thread" if layout.processes > 1 else f"{layout.threads} thread"
+    what += "s" if layout.threads > 1 else ""
+    console.print(f"{what}: {layout.seconds:.3g} s for the gradients of {len(x)} images", soft_wrap=True)
+    if layout.processes > 1:
+        raise typer.Exit(relaunch(layout.processes, _command(), sys.argv[1:]))
 
 
 def _device(name: str | None) -> torch.device:

@@ -18,6 +18,7 @@ from rb_noisy.geometry import stands
 from rb_noisy.recipes import parse_radius
 
 # Both papers' test attack on CIFAR: ε and α in units of [0, 1]. Other models keep their own ε, with α = ε/4 as in both.
+STEPS = 20
 PRESETS = {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}
 
 
@@ -71,7 +72,7 @@ def run(
     batch_size: int,
     out: Path,
     alpha: float | None = None,
-    steps: int = 20,
+    steps: int = STEPS,
     any_iterate: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate, show, keep the verdicts; the figures by evaluation."""
@@ -101,7 +102,7 @@ def main(
     alpha: Annotated[
         float | None, typer.Option(parser=_alpha, metavar="FLOAT", help="Step size, also 2/255. Default: ε/4.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = STEPS,
     seed: common.SeedOption = 0,
     json_file: common.JsonOption = None,
     replace: common.ReplaceOption = False,
@@ -109,6 +110,7 @@ def main(
     data_root: common.RootOption = None,
     checkpoint: common.CheckpointOption = "final",
     compiled: common.CompileOption = False,
+    processes: common.ProcessesOption = None,
     any_iterate: Annotated[
         bool, typer.Option("--any-iterate", help="Only the any-iterate accuracy, which is had sooner.")
     ] = False,
@@ -133,6 +135,8 @@ def main(
             seed=seed,
             batch_size=batch_size,
             compiled=compiled,
+            processes=processes,
+            passes=steps,
         )
         results = run(
             subject, alpha=alpha, steps=steps, seed=seed, batch_size=batch_size, out=out, any_iterate=any_iterate

@@ -37,6 +37,7 @@ class Progress:
         best: the highest score of the finished epochs.
         losses, norms: training loss and gradient norm of this process' steps in it, each () on the device.
         random: states of this process' random numbers, by name; empty between epochs.
+        threads: PyTorch's, where the run chose their number; the arithmetic depends on it.
     """
 
     epoch: int = 0
@@ -46,6 +47,7 @@ class Progress:
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     random: dict[str, Tensor] = field(default_factory=dict)
+    threads: int | None = None
 
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, {self.done} samples in" if self.done else f"epoch {self.epoch}"
@@ -86,6 +88,8 @@ class Checkpoint:
         tensors = {f"{group}.{name}": v for group, named in groups.items() for name, v in named.items()}
         header = {"epochs_done": progress.epoch, "samples_done": progress.done, "seconds": progress.seconds}
         header = {name: repr(value) for name, value in (header | {"best": progress.best}).items()}
+        if progress.threads is not None:
+            header["threads"] = str(progress.threads)
         save_tensors(tensors, self.file, header)
 
     def load(self) -> Progress:
@@ -120,6 +124,7 @@ class Checkpoint:
         }
         self.optimizer.load_state_dict(optimizer)
         progress = Progress(epoch, done, float(header["seconds"]), float(header["best"]))
+        progress.threads = int(header["threads"]) if "threads" in header else None
         if done:
             self._load_own(groups["process"], progress)
         return progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,9 +66,18 @@ def train(
         float, typer.Option(help="Within an epoch, save what --resume continues from after so many minutes.")
     ] = 10.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Attack through torch.compile.")] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of PyTorch, on a CPU. Default: OMP_NUM_THREADS, else chosen by a short measurement."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Share each step among so many processes of one thread, each with batch_size samples."),
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
+    from rb_noisy.placement import is_main, launched, relaunch, threads_are_given
     from rb_noisy.recipes import Recipe, merge
     from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
@@ -82,6 +92,12 @@ def train(
         "seed": seed,
     }
     with user_errors():
+        if processes is not None and launched() == 1 and processes != 1:
+            raise typer.Exit(relaunch(processes, "rb_noisy", sys.argv[1:]))
+        console.quiet = not is_main()
+        chosen_threads = threads
+        if threads is None and launched() == 1 and not threads_are_given():
+            chosen_threads = "measured"
         values = {k: v for k, v in named.items() if v is not None} | parse_settings(settings or [])
         if recipe is not None and like is not None:
             raise InputError("both --recipe and --like are given; give one of them")
@@ -116,8 +132,10 @@ def train(
                 max_minutes=max_minutes,
                 compiled=compiled,
                 data_root=data_root,
+                threads=chosen_threads,
                 on_batch=on_batch,
                 on_epoch=on_epoch,
+                on_note=lambda line: console.print(line, soft_wrap=True),
             )
         if not run.finished:
             console.print(

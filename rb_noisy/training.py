@@ -23,11 +23,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rb_noisy.checkpoint import Checkpoint, Progress
 from rb_noisy.data import Dataset, from_bytes, to_bytes
@@ -35,6 +36,7 @@ from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.files import atomic_path, left_by_killed, only_writer, write_json
+from rb_noisy.placement import Threads, bf16_slowdown
 from rb_noisy.processes import PATIENCE, leave_group_at_exit
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
@@ -51,7 +53,7 @@ from rb_noisy.runs import (
 from rb_noisy.step import Step
 from rb_noisy.tracking import Tracker
 from rb_noisy.training_data import training_set
-from rb_noisy.weights import Averager
+from rb_noisy.weights import Averager, kept_buffers
 
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
 CLOCK_STEPS = 20
@@ -70,14 +72,16 @@ def train(
     max_minutes: float | None = None,
     compiled: bool = False,
     data_root: str | Path | None = None,
+    threads: int | Literal["measured"] | None = None,
     on_batch: Callable[[int, int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Run:
     """Carry out a recipe and leave a run folder, whose `finished` says whether the time was enough.
 
     Device, bf16 and several processes come from Accelerate: start with `accelerate launch` (GPUs) or `torchrun` for
-    more than one. On a CPU the same recipe on the same number of processes gives the same weights bit by bit, also when
-    it was killed and resumed in between.
+    more than one. On a CPU the same recipe on the same number of processes and threads gives the same weights bit by
+    bit, also when it was killed and resumed in between.
 
     Args:
         run_dir: the folder to write; must not hold a run unless `resume`.
@@ -88,8 +92,12 @@ def train(
             and return; None for no limit. Several processes look at the clock every `CLOCK_STEPS` steps only.
         compiled: attack through `torch.compile`, see `rb_noisy.fast.fast_form`; for `attack_mode="eval"`.
         data_root: where data sets are kept, see `rb_noisy.data.load_data`.
+        threads: of PyTorch, on a CPU. None leaves their number as it is. "measured" chooses it by a short measurement
+            and anew when steps begin to stall (`rb_noisy.placement.Threads`); a resumed run keeps the number that it
+            had. The number in use is in the metrics of every epoch.
         on_batch: called with (epoch, batches done, batches in the epoch).
         on_epoch: called with the metrics of each finished epoch.
+        on_note: called with a line about the threads that were chosen, or bf16 that is slow on this CPU.
 
     Raises:
         InputError: the folder holds another run or another training is under way there, or the recipe cannot be
@@ -100,8 +108,11 @@ def train(
     for name, minutes in (("checkpoint_minutes", checkpoint_minutes), ("max_minutes", limit)):
         if minutes is None or not minutes > 0:
             raise InputError(f"{name} is {minutes}; give a number above 0")
+    if isinstance(threads, int) and threads < 1:
+        raise InputError(f"threads is {threads}; give a number from 1 up")
     trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit, compiled)
     with trainer.hold_folder():
+        trainer.place(threads, on_note or (lambda _: None))
         return trainer.run(on_batch, on_epoch)
 
 
@@ -186,6 +197,7 @@ class _Trainer:
         )
         state = path / "state.safetensors"
         self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
+        self.threads: Threads | None = None
         self.progress = self._begin(resume)
         self.saved = "no checkpoint was written" if self.progress == Progress() else f"{state} ({self.progress})"
 
@@ -193,6 +205,23 @@ class _Trainer:
     def evaluated(self) -> nn.Module:
         """The network that is measured and saved: with weight averaging the averaged one."""
         return self.model if self.averager is None else self.averager.model
+
+    def place(self, threads: int | str | None, say: Callable[[str], None]) -> None:
+        """Choose PyTorch's number of threads, as `train` says."""
+        if self.device.type != "cpu" or threads is None:
+            return
+        if self.recipe.precision == "bf16" and (slowdown := bf16_slowdown()) > 1:
+            say(f"this CPU computes in bf16 {slowdown:.1f} times as long as in fp32; precision=no would be faster")
+        count = self.progress.threads if threads == "measured" else threads
+        self.threads = Threads(self._trial_pass, count, say=say)
+
+    def _trial_pass(self) -> None:
+        """A training pass over a batch that leaves no trace."""
+        x = from_bytes(self.step.x[: self.recipe.batch_size]).contiguous(memory_format=torch.channels_last)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.random.fork_rng(devices=[]), kept_buffers(self.model):
+            loss = F.cross_entropy(self.model.train()(x).float(), self.step.y[: len(x)])
+            torch.autograd.grad(loss, parameters)
 
     @contextlib.contextmanager
     def hold_folder(self) -> Iterator[None]:
@@ -220,12 +249,16 @@ class _Trainer:
                 break
             before = self.progress
             metrics = {"epoch": before.epoch, **trained, "processes": self.accelerator.num_processes}
+            if self.device.type == "cpu":
+                metrics["threads"] = torch.get_num_threads()
             if self.accelerator.is_main_process:
                 metrics |= self.tracker.measure(self.evaluated, before.epoch, self.device)
                 metrics["seconds"] = round(before.seconds + time.perf_counter() - self.epoch_started, 3)
                 self._save_epoch(metrics)
             # The state comes last: a kill before it repeats the epoch, and the metrics are cut back to it.
             self._save(Progress(before.epoch + 1, best=before.best))
+            if self.threads is not None:
+                self.threads.between_epochs()
             if on_epoch is not None and self.accelerator.is_main_process:
                 on_epoch(metrics)
             self.accelerator.wait_for_everyone()
@@ -265,6 +298,7 @@ class _Trainer:
             share = epoch + (first + step) / total
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(share)
+            began = time.perf_counter()
             try:
                 loss, norm = self.step(batch, epoch, share, draws, round(first) + step)
             except RuntimeError:  # to draw a label from a NaN, say, before anyone has looked at the losses
@@ -273,6 +307,8 @@ class _Trainer:
                 raise
             if self.averager is not None:
                 self.averager.after_step(self.model)
+            if self.threads is not None:
+                self.threads.after_step(time.perf_counter() - began)
             progress.losses.append(loss)
             progress.norms.append(norm)
             progress.done += chunk
@@ -392,6 +428,7 @@ class _Trainer:
 
     def _save(self, progress: Progress) -> None:
         self.progress = progress
+        progress.threads = None if self.threads is None else self.threads.count
         self.checkpoint.save(progress)
         self.saved = f"{self.checkpoint.file} ({progress})"
 

@@ -69,7 +69,7 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_and_compose(method, tiny_recipe, tmp_path):
     # A schedule that starts at epoch 90 of 200 must start within a short run too.
-    fast = {"steps": None, "alpha": None} if "fgsm" in method else {}
+    fast = {"steps": None, "alpha": None} if "fgsm" in method or "liet" in method else {}
     run = train(tiny_recipe(method=method, epochs=3, **fast), tmp_path / "run")
     losses = [line["train_correct_loss"] for line in run.metrics]
     # Not the loss that is minimised, which may hold a penalty that grows. The annotator trusts a network of one epoch
@@ -441,10 +441,9 @@ def test_an_awp_step_takes_the_gradient_at_the_perturbed_weights(method, tiny_re
         real, images = made.step._attack, []
 
         def attack(batch):
-            result = real(batch)
-            batch.x_adv = result.x_adv if x_adv is None else x_adv
+            real(batch)
+            batch.x_adv = batch.attack.x_adv if x_adv is None else x_adv
             images.append(batch.x_adv)
-            return result
 
         made.step._attack = attack
         made.step(torch.arange(16), 0, 0.0, torch.Generator().manual_seed(0))
@@ -697,7 +696,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["pgd-at", "trades+sglr+awp+wa", "n-fgsm+sglr", "mart+te", "pgd-at+sat"])
 def test_no_step_waits_for_the_device(method, tiny_recipe, tmp_path, monkeypatch):
     """One wait per step would keep a GPU from being given its next step in time."""
-    fast = {"steps": None, "alpha": None} if "fgsm" in method else {}
+    fast = {"steps": None, "alpha": None} if "fgsm" in method or "liet" in method else {}
     trainer = _Trainer(tiny_recipe(method=method, augment=True, **fast), tmp_path / "run", False, None)
     # On a CPU, though not on a GPU, one_hot looks at its labels.
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, classes: torch.eye(classes, dtype=torch.int64)[y])

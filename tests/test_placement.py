@@ -1,0 +1,243 @@
+"""Where work runs on a CPU: what is measured, what is chosen, and what becomes of it when the machine is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from rb_noisy import placement
+from rb_noisy.cli import app
+from rb_noisy.errors import InputError
+from rb_noisy.placement import Threads, best_layout, fastest, placed, seconds_by_threads, shares
+from rb_noisy.training import train
+from tests.conftest import threads
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(placement, "usable_cores", lambda: [0, 1])
+
+
+class Machine:
+    """Work whose length depends on the number of threads, as that of a convolution does."""
+
+    def __init__(self, **seconds):
+        self.seconds = {int(name[1:]): value for name, value in seconds.items()}
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        time.sleep(self.seconds[torch.get_num_threads()])
+
+
+def test_each_number_of_threads_is_measured_in_turn_and_none_stays():
+    seen = []
+    with threads(1):
+        found = seconds_by_threads(lambda: seen.append(torch.get_num_threads()), [1, 2], rounds=2)
+        assert torch.get_num_threads() == 1
+    assert seen == [1, 2, 1, 2, 1, 2]
+    assert all(value >= 0 for value in found.values())
+    with threads(1), pytest.raises(ZeroDivisionError):
+        seconds_by_threads(lambda: 1 / 0, [2])
+    assert torch.get_num_threads() == 1
+
+
+def test_the_lower_number_is_taken_unless_more_threads_pay():
+    assert fastest({1: 1.0, 2: 0.6}) == 2
+    assert fastest({1: 1.0, 2: 0.97}) == 1
+    assert fastest({1: 1.0, 2: 40.0}) == 1
+
+
+@pytest.mark.parametrize(("machine", "chosen"), [({"t1": 0.03, "t2": 0.01}, 2), ({"t1": 0.01, "t2": 0.1}, 1)])
+def test_threads_are_chosen_by_the_measurement_and_said(two_cores, machine, chosen):
+    said = []
+    with threads(1):
+        assert Threads(Machine(**machine), say=said.append).count == torch.get_num_threads() == chosen
+    assert len(said) == 1
+    assert said[0].startswith(f"threads: {chosen} (a pass over a batch with 1: 0.0")
+
+
+def test_a_given_number_is_taken_without_a_measurement(two_cores):
+    machine = Machine(t1=0, t2=0)
+    with threads(1):
+        assert Threads(machine, 2).count == torch.get_num_threads() == 2
+    assert machine.calls == 0
+
+
+def test_threads_are_given_up_when_steps_stall_and_taken_again_when_the_cores_are_free(two_cores):
+    machine, said = Machine(t1=0.02, t2=0.005), []
+    with threads(1):
+        chosen = Threads(machine, say=said.append)
+        assert chosen.count == 2
+        for _ in range(placement.USUAL):
+            chosen.after_step(0.01)
+        machine.seconds[2] = 0.2  # another process has come
+        for _ in range(placement.PATIENCE - 1):
+            chosen.after_step(0.4)
+        chosen.after_step(0.01)  # no five in a row
+        for _ in range(placement.PATIENCE - 1):
+            chosen.after_step(0.4)
+        assert chosen.count == 2
+        chosen.after_step(0.4)
+        assert chosen.count == torch.get_num_threads() == 1
+        assert "something else uses the CPU" in said[1]
+        chosen.between_epochs()
+        assert chosen.count == 1
+        machine.seconds[2] = 0.005  # it has gone
+        chosen.between_epochs()
+        assert chosen.count == torch.get_num_threads() == 2
+        calls = machine.calls
+        chosen.between_epochs()
+        assert machine.calls == calls
+
+
+def test_processes_are_chosen_where_threads_do_not_pay(two_cores):
+    with threads(1):
+        alone = best_layout(Machine(t1=0.04, t2=0.04))  # two at once do twice as much
+        assert (alone.processes, alone.threads) == (2, 1)
+        assert alone.seconds == pytest.approx(0.02, rel=0.5)
+        wide = best_layout(Machine(t1=0.06, t2=0.01))
+        assert (wide.processes, wide.threads) == (1, 2)
+
+
+def test_bf16_is_measured_beside_fp32():
+    assert 0.01 < placement.bf16_slowdown() < 1000
+
+
+def test_jobs_share_the_cores():
+    assert shares([0, 1], 1) == [[0, 1]]
+    assert shares([0, 1], 2) == [[0], [1]]
+    assert shares([2, 3], 3) == [[2], [3], [2]]
+    assert shares([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+
+
+def test_a_placed_command_keeps_to_its_core_gives_way_and_says_how_it_ended(tmp_path):
+    core = placement.usable_cores()[-1]
+    report = "import json, os; print(json.dumps([sorted(os.sched_getaffinity(0)), os.getpriority(os.PRIO_PROCESS, 0)]))"
+    done = subprocess.run(placed([sys.executable, "-c", report], [core]), capture_output=True, text=True)
+    assert json.loads(done.stdout) == [[core], 19], done.stderr
+    assert subprocess.run(placed([sys.executable, "-c", "raise SystemExit(7)"], [core])).returncode == 7
+
+
+def test_a_placed_command_ends_with_its_parent(tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    start = "import subprocess, sys; from rb_noisy.placement import placed, usable_cores; "
+    start += f"subprocess.run(placed([sys.executable, '-c', {child!r}], usable_cores()))"
+    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", start])
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    running = Path(f"/proc/{pid.read_text()}/cmdline")
+    while running.exists() and running.read_text() and time.monotonic() < deadline:  # a zombie has an empty one
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+
+
+def test_a_resumed_run_keeps_the_threads_it_had(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(epochs=2)
+    with threads(1):
+        assert not train(recipe, tmp_path / "run", max_minutes=1e-9, threads=2).finished
+    monkeypatch.setattr(placement, "seconds_by_threads", lambda *a: pytest.fail("measured"))
+    with threads(1):
+        run = train(recipe, tmp_path / "run", resume=True, threads="measured")
+    assert [line["threads"] for line in run.metrics] == [2, 2]
+    with threads(1):
+        whole = train(recipe, tmp_path / "whole", threads=2)
+    ours, theirs = (load_file(r.path / "final.safetensors") for r in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_measurement_leaves_no_trace_in_the_run(tiny_recipe, tmp_path, two_cores):
+    """Dropout, BatchNorm statistics and random starts are as without it."""
+    recipe = tiny_recipe(epochs=1, backbone_options={"drop_rate": 0.3})
+    with threads(1):
+        plain = train(recipe, tmp_path / "plain", threads=1)
+        said = []
+        measured = train(recipe, tmp_path / "measured", threads="measured", on_note=said.append)
+        if measured.metrics[0]["threads"] == 1:  # the arithmetic depends on the number
+            ours, theirs = (load_file(r.path / "final.safetensors") for r in (measured, plain))
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert said[0].startswith("threads: ")
+
+
+@pytest.mark.parametrize(("option", "words"), [("--threads", "threads is 0"), ("--processes", "--processes is 0")])
+def test_numbers_below_one_leave_nothing_behind(option, words, tmp_path):
+    result = CliRunner().invoke(app, ["train", "--data", "digits", "--out", str(tmp_path / "run"), option, "0"])
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def command(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *map(str, arguments)],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_says_what_it_chose_and_shares_a_step_among_processes(tiny_recipe, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(tiny_recipe(epochs=1, batch_size=16).to_dict()))
+    done = command("rb_noisy", "train", "--recipe", file, "--out", tmp_path / "two", "--processes", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("evaluate it with") == 1
+    line = json.loads((tmp_path / "two" / "metrics.jsonl").read_text())
+    assert (line["processes"], line["threads"]) == (2, 1)
+    done = command("rb_noisy", "train", "--recipe", file, "--out", tmp_path / "one")
+    if len(placement.usable_cores()) > 1:
+        assert "threads: " in done.stdout, done.stderr[-2000:]
+
+
+def test_an_evaluation_has_the_same_verdicts_over_processes(tmp_path):
+    options = ("--model", "sglr_digits", "--n", 60, "--batch-size", 20)
+    figures = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        done = command("eval.pgd", *options, "--processes", count, "--out", out, "--json", out / "figures.json")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("verdicts:") == 1
+        figures[count] = json.loads((out / "figures.json").read_text())["pgd-20"]
+    assert figures[1]["any_iterate"] == figures[2]["any_iterate"]
+
+
+def test_an_evaluation_places_itself_where_that_is_worth_it(tmp_path, monkeypatch):
+    """By the real command, with what is worth it set to nothing."""
+    program = "from eval import common; common.WORTH_PLACING = 0.0; import eval.pgd"
+    program += "; common._command = lambda: 'eval.pgd'; import typer; typer.run(eval.pgd.main)"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": ""}
+    arguments = ["--model", "sglr_digits", "--n", "20", "--batch-size", "10", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "s for the gradients of 20 images" in done.stdout
+    assert done.stdout.count("verdicts:") == 1
+
+
+def test_processes_need_a_command_line():
+    from eval.common import load_subject
+
+    options = {"zoo": None, "dataset": None, "n": None, "device": "cpu", "eps": None, "data_root": None}
+    with pytest.raises(InputError, match="--processes is for the command line"):
+        load_subject("sglr_digits", checkpoint="final", seed=0, batch_size=10, processes=2, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,30 +208,40 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error
 
 
-def check_teacher(name: str) -> None:
-    """Raise `InputError` unless this can name a teacher: "average" (ADR), a run folder, or a timm name."""
+def check_teacher(name: str, student: Path | None = None) -> None:
+    """Raise `InputError` unless this can name a teacher: "average" (ADR), a run folder, or a timm name.
+
+    A run folder's name may be relative to the student's run folder, such as "../pgd-at_clean_seed0", or to where we
+    are.
+    """
     import timm
 
-    if name != "average" and not (Path(name) / "run.json").is_file() and not timm.is_model(name):
+    if name != "average" and _teacher_folder(name, student) is None and not timm.is_model(name):
         raise InputError(
             f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm; name one by "
             "target_options.robust (and .standard)"
         )
 
 
-def load_teacher(name: str, images: Tensor, num_classes: int) -> nn.Module:
+def _teacher_folder(name: str, student: Path | None) -> Path | None:
+    # Normalised, because the student's folder may not be there yet, and no ".." leads out of what is not there.
+    places = [Path(os.path.normpath(student / name))] if student is not None else []
+    return next((place for place in [*places, Path(name)] if (place / "run.json").is_file()), None)
+
+
+def load_teacher(name: str, images: Tensor, num_classes: int, student: Path | None = None) -> nn.Module:
     """The network of a run folder (final weights) or of a timm name with weights, in eval mode, without gradients.
 
     Every model of our zoo has a timm name. `images` (n, C, H, W) and `num_classes` are what it has to take and to tell
-    apart.
+    apart. `student` is the run folder that a folder's name may be relative to, see `check_teacher`.
 
     Raises:
         InputError: neither of the two, or a network for other data.
     """
     import timm
 
-    if (Path(name) / "run.json").is_file():
-        model = Run.open(name).load()
+    if (folder := _teacher_folder(name, student)) is not None:
+        model = Run.open(folder).load()
     else:
         check_teacher(name)
         try:

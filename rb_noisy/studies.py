@@ -30,7 +30,7 @@ def studies() -> dict[str, str]:
 def study(name: str, data: Sequence[str] = ()) -> Grid:
     """A named study, for these data sets, whose settings in the paper are axes of one value each.
 
-    Where it needs teachers they are the zoo's models `at_{data}` and `st_{data}`.
+    Its teachers are named by their methods, see `rb_noisy.sweep_teachers`.
 
     Raises:
         InputError: no such study, or one with other settings for one of the data sets than for another.

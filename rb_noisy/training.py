@@ -186,7 +186,7 @@ class _Trainer:
         averaging = recipe.make_averaging()
         self.averager = None if averaging is None else Averager(self.model, averaging)
         teachers = {
-            name: load_teacher(name, data.x_train[:2], data.num_classes).to(self.device)
+            name: load_teacher(name, data.x_train[:2], data.num_classes, path).to(self.device)
             for name in targets.teachers
             if name != "average"
         }

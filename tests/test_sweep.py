@@ -22,6 +22,7 @@ from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
 from rb_noisy.studies import studies, study
 from rb_noisy.sweep import expand_grid, run_sweep
+from rb_noisy.sweep_teachers import with_teachers
 from rb_noisy.targets import TAUGHT
 from rb_noisy.training import train
 
@@ -233,14 +234,14 @@ def is_alive(pid):
 @pytest.mark.parametrize("name", studies())
 def test_every_study_of_the_papers_is_a_grid_of_recipes(name, data):
     grid = study(name)
-    recipes = expand_grid({"data": [data], **grid.axes}, grid.recipes)
+    recipes = with_teachers(expand_grid({"data": [data], **grid.axes}, grid.recipes))
     count = {"sglr-table4": 15, "nl-noise": 18, "nl-annotator": 4, "sglr-table3": 4, "sglr-noise": 2}
     count |= {"refinement": 17, "refinement-weak": 15}
     assert len(recipes) == count.get(name, len(grid.recipes))
     for recipe in recipes.values():
         assert recipe.data == data
         teachers = set(recipe.make_targets().teachers) - {"average"}
-        assert teachers <= {f"at_{data}", f"st_{data}"}
+        assert teachers <= {"at_digits", "st_digits", "../pgd-at_clean_seed0", "../st_clean_seed0"}
         assert bool(teachers) == (recipe.targets_name in TAUGHT)
         assert Recipe.from_dict(recipe.changes()) == recipe, "what a recipe file says is the same recipe"
 

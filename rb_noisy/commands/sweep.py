@@ -50,6 +50,7 @@ def sweep(
     """Train every recipe of a grid; the same command goes on where it was interrupted."""
     from rb_noisy.runs import check_teacher
     from rb_noisy.sweep import Outcome, expand_grid, find_runs, run_sweep
+    from rb_noisy.sweep_teachers import BESIDE, with_teachers
 
     # The seed first, so that it changes last and the whole grid is seen once before any of it again.
     named = {
@@ -67,9 +68,11 @@ def sweep(
         if grid is not None:
             named_grid = read_grid(grid, axes.get("data", []))
             axes, entries = {**named_grid.axes, **axes}, named_grid.recipes
-        recipes = expand_grid(axes, entries)
-        for teacher in {teacher for recipe in recipes.values() for teacher in recipe.make_targets().teachers}:
-            check_teacher(teacher)
+        recipes = with_teachers(expand_grid(axes, entries))
+        for name, recipe in recipes.items():
+            for teacher in recipe.make_targets().teachers:
+                if teacher.removeprefix(BESIDE) not in recipes:
+                    check_teacher(teacher, out / name)
         found = find_runs(recipes, out)
         if dry_run:
             for name, run in found.items():

@@ -15,10 +15,10 @@ TRAINED_ON = ("data", "train_size", "noise", "noise_rate", "noise_seed", "noise_
 def with_teachers(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """Recipes by the names of their run folders, in which no teacher is named by its method any more.
 
-    Where a teacher's name is a method, as in {"robust": "pgd-at"}, it is the zoo's model of that method that was trained
-    on the same images and labels. Where there is none it is the run among `recipes`; of several, the one most like the
-    student. Its name is then "../NAME" (see `rb_noisy.runs.check_teacher`), and it has to be finished before the
-    student begins, see `taught_by`. What is neither stays as it is.
+    Where a teacher's name is a method, as in {"robust": "pgd-at"}, it is the zoo's model of that method that was
+    trained on the same images and labels. Where there is none it is the run among `recipes`; of several, the one most
+    like the student. Its name is then "../NAME" (see `rb_noisy.runs.check_teacher`), and it has to be finished before
+    the student begins, see `taught_by`. What is neither stays as it is.
     """
     return {name: _with_teachers(recipe, recipes) for name, recipe in recipes.items()}
 

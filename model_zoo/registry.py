@@ -19,7 +19,7 @@ from torch import nn
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.recipes import Recipe
-from rb_noisy.runs import Run, load_weights
+from rb_noisy.runs import Run, load_weights, read_results, results_file
 
 BUILT_IN = Path(__file__).parent
 Card = dict[str, Any]
@@ -340,21 +340,6 @@ def eps_label(eps: float) -> str:
     """RobustBench's way of writing ε: "0.3" where that is all there is to say, "8/255" where that is exact."""
     short, scaled = f"{eps:.4g}", eps * 255
     return f"{round(scaled)}/255" if float(short) != eps and abs(scaled - round(scaled)) < 1e-6 else f"{eps:g}"
-
-
-def results_file(run_dir: str | Path, checkpoint: str) -> Path:
-    """Where the figures measured on a checkpoint of a run folder are kept."""
-    return Path(run_dir) / f"results-{checkpoint}.json"
-
-
-def read_results(file: Path) -> dict[str, Any]:
-    """The figures in a `results_file`, by evaluation; none if it is not there."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete it and evaluate again") from error
 
 
 def write_result(

@@ -141,6 +141,21 @@ def check_folder(path: Path, recipe: Recipe, resume: bool) -> bool:
     return False
 
 
+def results_file(run_dir: str | Path, checkpoint: str) -> Path:
+    """Where the figures measured on a checkpoint of a run folder are kept."""
+    return Path(run_dir) / f"results-{checkpoint}.json"
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The figures in a `results_file`, by evaluation; none if it is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete it and evaluate again") from error
+
+
 def history_file(path: Path, epoch: int) -> Path:
     """Where a run folder keeps what an epoch (from 0) showed of every training sample."""
     return path / "history" / f"{epoch:04d}.safetensors"

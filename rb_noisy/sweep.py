@@ -1,42 +1,19 @@
-"""Many recipes as many run folders: the grid, its names, and processes that carry it out side by side."""
+"""Grids of recipes, and the names of their run folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rb_noisy.errors import InputError
-from rb_noisy.files import write_json
 from rb_noisy.recipes import Recipe, flatten, merge
-from rb_noisy.runs import Run
 
 NOISE_FIELDS = ("noise", "noise_rate", "noise_seed", "noise_options")
 NOISES_WITHOUT_RATE = ("human", "matrix")
-SECONDS_TO_END = 10.0  # for a run that is asked to end, before it is killed
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one recipe of a sweep ended.
-
-    Attributes:
-        name: the name of its run folder.
-        run: the finished run; None if it failed.
-        problem: why it failed; "" if it did not.
-    """
-
-    name: str
-    run: Run | None
-    problem: str = ""
 
 
 def expand_grid(
@@ -45,8 +22,9 @@ def expand_grid(
     """The recipes that a grid spans, by the names of their run folders.
 
     A name says method, label noise and seed, and whatever else varies, so that a grid with more methods, rates or
-    seeds finds the runs of the smaller one. Noise at rate 0 is no noise: one run, whatever its kind. Where there are
-    several kinds of noise, those that take no rate (none, human, matrix) are one run for all rates.
+    seeds finds the runs of the smaller one. An entry may give its own instead, as "name". Noise at rate 0 is no noise:
+    one run, whatever its kind. Where there are several kinds of noise, those that take no rate (none, human, matrix)
+    are one run for all rates.
 
     Args:
         axes: recipe field, or option ("target_options.r") → its values; every combination is a recipe.
@@ -62,6 +40,7 @@ def expand_grid(
             field, dot, option = name.partition(".")
             point = merge(point, {field: {option: value}} if dot else {field: value})
         points += [merge(point, dict(entry)) for entry in (entries or [{}])]
+    given = [_given_name(point) for point in points]
     several = len({_noise_kind(point) for point in points}) > 1
     points = [_name_teachers(_settle_noise(point, several)) for point in points]
     flat = [flatten(point) for point in points]
@@ -76,132 +55,23 @@ def expand_grid(
         flat = [flatten(point) for point in points]
     varying = [name for name in fields if name not in always and _varies(name, flat)]
     recipes: dict[str, Recipe] = {}
-    for point, values in zip(points, flat, strict=True):
+    for point, values, own in zip(points, flat, given, strict=True):
         recipe = Recipe.from_dict(point)
-        name = _run_name(recipe, {name: values[name] for name in varying if name in values})
+        name = own or _run_name(recipe, {name: values[name] for name in varying if name in values})
         if recipes.setdefault(name, recipe) != recipe:
             raise InputError(
                 f"two recipes of the sweep share the name {name!r} and differ in "
-                f"{', '.join(_differing(recipe, recipes[name]))}; run them into two folders"
+                f"{', '.join(differing(recipe, recipes[name]))}; run them into two folders"
             )
     return recipes
 
 
-def find_runs(recipes: Mapping[str, Recipe], out: str | Path) -> dict[str, Run | None]:
-    """The runs that are in `out` already, finished or not, by name; None where there is none.
-
-    Raises:
-        InputError: a folder of that name holds a run of another recipe.
-    """
-    found: dict[str, Run | None] = {}
-    for name, recipe in recipes.items():
-        folder = Path(out) / name
-        found[name] = run = Run.open(folder) if (folder / "run.json").is_file() else None
-        if run is not None and run.recipe != recipe:
-            raise InputError(
-                f"{folder} holds a run of another recipe ({', '.join(_differing(recipe, run.recipe))} differ); "
-                "sweep into another folder, or move that run away"
-            )
-    return found
-
-
-def run_sweep(
-    recipes: Mapping[str, Recipe],
-    out: str | Path,
-    *,
-    jobs: int = 1,
-    data_root: str | Path | None = None,
-    on_done: Callable[[Outcome], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> list[Outcome]:
-    """Carry out recipes, each as a run folder `out`/name, `jobs` at a time, each in a process of its own.
-
-    Finished runs are left alone, half-done ones continued. A run that fails does not stop the others. Each process has
-    its share of the CPU cores unless OMP_NUM_THREADS says otherwise, and writes to `train.log` in its folder.
-
-    Args:
-        data_root: where data sets are kept, see `rb_noisy.data.load_data`.
-        on_done: called with the outcome of each run as it ends.
-        stop: asked several times a second; once it says True, or on any exception, the processes are ended.
-
-    Returns:
-        The outcomes in the order of `recipes`; without those that `stop` prevented.
-
-    Raises:
-        InputError: a folder holds a run of another recipe (nothing has been started then).
-    """
-    if jobs < 1:
-        raise InputError(f"jobs is {jobs}; give the number of runs at a time, from 1 up")
-    found = find_runs(recipes, out)
-    outcomes = {name: Outcome(name, run) for name, run in found.items() if run is not None and run.finished}
-    waiting = [name for name in recipes if name not in outcomes]
-    running: dict[str, _Job] = {}
-    try:
-        while (waiting or running) and not (stop is not None and stop()):
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[name] = _start(recipes[name], Path(out) / name, jobs, data_root)
-            for name in [name for name, job in running.items() if job.process.poll() is not None]:
-                outcomes[name] = _outcome(name, running.pop(name))
-                if on_done is not None:
-                    on_done(outcomes[name])
-            time.sleep(0.1)
-    finally:
-        _end([job.process for job in running.values()])
-    return [outcomes[name] for name in recipes if name in outcomes]
-
-
-@dataclass(frozen=True)
-class _Job:
-    process: subprocess.Popen
-    folder: Path
-    log_start: int  # what is before it in the log was written by an earlier attempt
-
-
-def _start(recipe: Recipe, folder: Path, jobs: int, data_root: str | Path | None) -> _Job:
-    write_json(folder / "recipe.json", recipe.to_dict())
-    command = [sys.executable, "-m", "rb_noisy", "train", "--recipe", folder / "recipe.json", "--out", folder]
-    command += ["--resume", *([] if data_root is None else ["--data-root", data_root])]
-    threads = {"OMP_NUM_THREADS": str(max(1, _cores() // jobs))}
-    with open(folder / "train.log", "ab") as log:
-        start = log.tell()
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=threads | dict(os.environ),
-        )
-    return _Job(process, folder, start)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _outcome(name: str, job: _Job) -> Outcome:
-    code = job.process.returncode
-    if code == 0:
-        return Outcome(name, Run.open(job.folder))
-    file = job.folder / "train.log"
-    with open(file, "rb") as log:
-        log.seek(job.log_start)
-        lines = log.read().decode("utf-8", "replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return Outcome(name, None, f"{last} ({ended}; see {file})")
-
-
-def _end(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + SECONDS_TO_END
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _given_name(point: dict[str, Any]) -> str | None:
+    """The name that a point gives itself, taken out of it."""
+    name = point.pop("name", None)
+    if name is not None and (not isinstance(name, str) or not name or name != _slug(name) or name.startswith(".")):
+        raise InputError(f"the name {name!r} of a recipe cannot be a folder's; give letters, figures and . + - _")
+    return name
 
 
 def _noise_kind(point: Mapping[str, Any]) -> str:
@@ -270,6 +140,7 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "none"
 
 
-def _differing(one: Recipe, other: Recipe) -> list[str]:
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """The fields that two recipes do not have alike."""
     theirs = other.to_dict()
     return [name for name, value in one.to_dict().items() if value != theirs[name]]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from rb_noisy.recipes import Recipe
+from rb_noisy.sweep import differing
 
 BESIDE = "../"  # begins the name of a teacher whose run folder lies beside its student's
 # What a teacher must have in common with its student: one that saw other labels would tell them.
@@ -37,7 +38,7 @@ def _with_teachers(student: Recipe, recipes: Mapping[str, Recipe]) -> Recipe:
         if (model := _of_the_zoo(method, student)) is not None:
             found[option] = model
         elif able:
-            found[option] = BESIDE + min(able, key=lambda name: _differences(recipes[name], student))
+            found[option] = BESIDE + min(able, key=lambda name: len(differing(recipes[name], student)))
     return dataclasses.replace(student, target_options=student.target_options | found)
 
 
@@ -50,8 +51,3 @@ def _of_the_zoo(method: str, student: Recipe) -> str | None:
 
 def _trained_alike(one: Recipe, other: Recipe) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in TRAINED_ON)
-
-
-def _differences(one: Recipe, other: Recipe) -> int:
-    theirs = other.to_dict()
-    return sum(value != theirs[name] for name, value in one.to_dict().items())

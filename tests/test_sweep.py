@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from rb_noisy.commands.sweep import parse_axes, sweep
 from rb_noisy.errors import InputError
+from rb_noisy.jobs import carry_out, make_jobs
 from rb_noisy.objectives import OBJECTIVES
 from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
 from rb_noisy.studies import studies, study
-from rb_noisy.sweep import expand_grid, run_sweep
+from rb_noisy.sweep import expand_grid
 from rb_noisy.sweep_teachers import with_teachers
 from rb_noisy.targets import TAUGHT
 from rb_noisy.training import train
@@ -162,8 +163,8 @@ def test_finished_runs_are_skipped_and_a_folder_of_another_recipe_stops_everythi
     again = call(*arguments)
     assert again.exit_code == 0, again.output
     assert "1 of 1 runs are finished already" in again.output
-    (outcome,) = run_sweep(recipes, tmp_path)
-    assert (outcome.name, outcome.problem, outcome.run.finished) == ("st_clean_seed0", "", True)
+    (outcome,) = carry_out(make_jobs(recipes, tmp_path), tmp_path)
+    assert (outcome.job.name, outcome.problem, outcome.job.state()) == ("st_clean_seed0", "", "finished")
     assert (tmp_path / "st_clean_seed0" / "final.safetensors").stat().st_mtime_ns == before
     other = call("--out", tmp_path, *options(epochs=1, lr=0.5), "--seed", "1,0")
     assert other.exit_code == 2, other.output

@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from rb_noisy.commands.sweep import parse_axes, sweep
 from rb_noisy.errors import InputError
+from rb_noisy.jobs import carry_out, make_jobs
 from rb_noisy.runs import Run, check_teacher, load_teacher
 from rb_noisy.studies import study
-from rb_noisy.sweep import expand_grid, run_sweep
+from rb_noisy.sweep import expand_grid
 from rb_noisy.sweep_teachers import taught_by, with_teachers
 from rb_noisy.targets import TAUGHT
 from rb_noisy.training import train
@@ -95,12 +96,14 @@ def test_students_learn_from_the_runs_beside_them(tiny_recipe, tmp_path, monkeyp
     entries = [{"method": "pgd-at"}, {"method": "st"}]
     entries.append({"method": "pgd-at+kd", "target_options": {"robust": "pgd-at", "standard": "st"}})
     recipes = with_teachers(expand_grid({name: [value] for name, value in fields.items()}, entries))
-    outcomes = run_sweep(recipes, tmp_path / "sweep")
+    jobs = make_jobs(recipes, tmp_path / "sweep")
+    assert set(jobs[-1].needs) == {jobs[0].name, jobs[1].name}
+    outcomes = carry_out(list(reversed(jobs)), tmp_path / "sweep", at_a_time=2)  # the student waits all the same
     assert [outcome.problem for outcome in outcomes] == ["", "", ""]
     # The folder may move, and be named from anywhere: the teacher's name is relative to the student's folder.
     (tmp_path / "sweep").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
-    assert all(outcome.run.finished for outcome in run_sweep(recipes, "."))
+    assert all(job.done() for job in make_jobs(recipes, "."))
     student = next(name for name, recipe in recipes.items() if recipe.method == "pgd-at+kd")
     images = torch.rand(2, 1, 8, 8)
     network = load_teacher("../pgd-at_clean_seed0", images, 4, tmp_path / "moved" / student)

@@ -1,4 +1,4 @@
-"""`rb-noisy sweep`: a grid of recipes, each as a run folder, several at a time; what is done is skipped."""
+"""`rb-noisy sweep`: recipes, each as a run folder, and evaluations, several at a time; what is done is skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rb_noisy.console import console, errors, progress_bar, user_errors
 from rb_noisy.errors import InputError
 
 if TYPE_CHECKING:
-    from rb_noisy.runs import Run
+    from rb_noisy.jobs import Job, Outcome
     from rb_noisy.studies import Grid
 
 SPAN = "several, with commas between them, span a grid"
@@ -40,16 +40,21 @@ def sweep(
         str | None,
         typer.Option(
             help="A study of the papers (sglr-table2, sglr-table3, sglr-table4, sglr-noise, nl-noise, nl-annotator, "
-            "methods), or a JSON file with a list of recipes, each merged over the options here."
+            "methods), or a JSON file with a list of recipes, each merged over the options here, and of evaluations of "
+            'them: {"evaluate": "autoattack", "model": NAME, "n": 500}.'
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in its own process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Only say how far each is, and how long the rest will take.")
+    ] = False,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train every recipe of a grid; the same command goes on where it was interrupted."""
+    from rb_noisy.jobs import carry_out, make_jobs
     from rb_noisy.runs import check_teacher
-    from rb_noisy.sweep import Outcome, expand_grid, find_runs, run_sweep
+    from rb_noisy.sweep import expand_grid
     from rb_noisy.sweep_teachers import BESIDE, with_teachers
 
     # The seed first, so that it changes last and the whole grid is seen once before any of it again.
@@ -64,42 +69,68 @@ def sweep(
     }
     with user_errors():
         texts = [f"{name}={text}" for name, text in named.items() if text is not None]
-        axes, entries = parse_axes([*texts, *(settings or [])]), None
+        axes, entries, evaluations = parse_axes([*texts, *(settings or [])]), None, []
         if grid is not None:
             named_grid = read_grid(grid, axes.get("data", []))
-            axes, entries = {**named_grid.axes, **axes}, named_grid.recipes
+            axes, entries = {**named_grid.axes, **axes}, [e for e in named_grid.recipes if "evaluate" not in e]
+            evaluations = [e for e in named_grid.recipes if "evaluate" in e]
         recipes = with_teachers(expand_grid(axes, entries))
         for name, recipe in recipes.items():
             for teacher in recipe.make_targets().teachers:
                 if teacher.removeprefix(BESIDE) not in recipes:
                     check_teacher(teacher, out / name)
-        found = find_runs(recipes, out)
-        if dry_run:
-            for name, run in found.items():
-                console.print(f"{name}  {_state(run, recipes[name].epochs)}", soft_wrap=True, markup=False)
+        work = make_jobs(recipes, out, evaluations)
+        if dry_run or status:
+            show_status(work, jobs, times=status)
             return
-        done = sum(run is not None and run.finished for run in found.values())
+        done = sum(job.done() for job in work)
         if done:
-            console.print(f"{done} of {len(recipes)} runs are finished already", soft_wrap=True)
+            console.print(f"{done} of {len(work)} runs are finished already", soft_wrap=True)
         with progress_bar() as bar, stop_signals() as stopped:
-            task = bar.add_task("runs", total=len(recipes), completed=done)
+            task = bar.add_task("runs", total=len(work), completed=done)
 
             def on_done(outcome: Outcome) -> None:
                 bar.update(task, advance=1)
-                line = f"{outcome.name}  failed" if outcome.run is None else result_line(outcome.name, outcome.run)
-                console.print(line, soft_wrap=True, markup=False)
+                console.print(result_line(outcome), soft_wrap=True, markup=False)
 
-            outcomes = run_sweep(
-                recipes, out, jobs=jobs, data_root=data_root, on_done=on_done, stop=lambda: bool(stopped)
+            outcomes = carry_out(
+                work, out, at_a_time=jobs, data_root=data_root, on_done=on_done, stop=lambda: bool(stopped)
             )
-        failures = [outcome for outcome in outcomes if outcome.run is None]
+        failures = [outcome for outcome in outcomes if outcome.problem]
         for outcome in failures:
-            errors.print(f"[bold red]failed:[/] {escape(f'{outcome.name}: {outcome.problem}')}", soft_wrap=True)
+            errors.print(f"[bold red]failed:[/] {escape(f'{outcome.job.name}: {outcome.problem}')}", soft_wrap=True)
         if stopped:
             raise KeyboardInterrupt
         if failures:
-            errors.print(f"{len(failures)} of {len(recipes)} runs failed", soft_wrap=True)
+            errors.print(f"{len(failures)} of {len(work)} runs failed", soft_wrap=True)
             raise typer.Exit(1)
+
+
+def show_status(work: list[Job], at_a_time: int, times: bool) -> None:
+    """A line for each job: how far it is, and with `times` how long it and all of them will take."""
+    from rb_noisy.jobs import seconds_left
+
+    left = seconds_left(work) if times else {}
+    for job in work:
+        state = job.state()
+        seconds = left.get(job.name)
+        if times and state != "finished":
+            state += ", time not known yet" if seconds is None else f", about {duration(seconds)} left"
+        console.print(f"{job.name}  {state}", soft_wrap=True, markup=False)
+    if times:
+        known = [seconds for seconds in left.values() if seconds]
+        unknown = sum(seconds is None for seconds in left.values())
+        rest = f"about {duration(max(sum(known) / at_a_time, max(known, default=0.0)))} left with --jobs {at_a_time}"
+        rest += f", and {unknown} whose time is not known yet" if unknown else ""
+        console.print(rest if known or unknown else "all is done", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """ "2 min", "3.5 h" or "1.2 days"."""
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{max(1, round(minutes))} min"
+    return f"{minutes / 60:.1f} h" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
 
 
 def parse_axes(settings: list[str]) -> dict[str, list[Any]]:
@@ -163,17 +194,24 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def result_line(name: str, run: Run) -> str:
+def result_line(outcome: Outcome) -> str:
+    """How a job ended, in a line."""
+    from rb_noisy.jobs import Evaluation
+
+    job = outcome.job
+    if outcome.problem:
+        return f"{job.name}  failed"
+    if isinstance(job, Evaluation):
+        figures = job.figures()
+        accuracy = figures.get("accuracy", figures.get("final_iterate", {}).get("accuracy"))
+        return f"{job.name}  finished" + ("" if accuracy is None else f": {accuracy:.2%} of {figures['n']} images")
+    run = job.run()
     best, final = run.metrics[run.best_epoch], run.metrics[-1]
 
-    def figures(line: dict[str, Any]) -> str:
+    def accuracies(line: dict[str, Any]) -> str:
         return f"PGD-{run.recipe.track_steps} {line['test_pgd_acc']:.2%} natural {line['test_natural_acc']:.2%}"
 
     seconds = sum(line["seconds"] for line in run.metrics)
-    return f"{name}  best {figures(best)} (epoch {run.best_epoch + 1})  final {figures(final)}  {seconds:.0f} s"
-
-
-def _state(run: Run | None, epochs: int) -> str:
-    if run is None:
-        return "to do"
-    return "finished" if run.finished else f"{len(run.metrics)} of {epochs} epochs"
+    return (
+        f"{job.name}  best {accuracies(best)} (epoch {run.best_epoch + 1})  final {accuracies(final)}  {seconds:.0f} s"
+    )

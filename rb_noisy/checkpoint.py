@@ -7,6 +7,7 @@ random numbers, and trains on the rest of the epoch's samples.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Progress:
         losses, norms: training loss and gradient norm of this process' steps in it, each () on the device.
         random: states of this process' random numbers, by name; empty between epochs.
         threads: PyTorch's, where the run chose their number; the arithmetic depends on it.
+        plan: how convolutions are computed (`rb_noisy.convolutions`), where that was measured; likewise.
     """
 
     epoch: int = 0
@@ -48,6 +50,7 @@ class Progress:
     norms: list[Tensor] = field(default_factory=list)
     random: dict[str, Tensor] = field(default_factory=dict)
     threads: int | None = None
+    plan: dict[str, list[str]] | None = None
 
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, {self.done} samples in" if self.done else f"epoch {self.epoch}"
@@ -90,6 +93,8 @@ class Checkpoint:
         header = {name: repr(value) for name, value in (header | {"best": progress.best}).items()}
         if progress.threads is not None:
             header["threads"] = str(progress.threads)
+        if progress.plan is not None:
+            header["plan"] = json.dumps(progress.plan)
         save_tensors(tensors, self.file, header)
 
     def load(self) -> Progress:
@@ -125,6 +130,7 @@ class Checkpoint:
         self.optimizer.load_state_dict(optimizer)
         progress = Progress(epoch, done, float(header["seconds"]), float(header["best"]))
         progress.threads = int(header["threads"]) if "threads" in header else None
+        progress.plan = json.loads(header["plan"]) if "plan" in header else None
         if done:
             self._load_own(groups["process"], progress)
         return progress

@@ -74,6 +74,9 @@ def train(
         int | None,
         typer.Option(help="Share each step among so many processes of one thread, each with batch_size samples."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="On a CPU, measure first which convolutions are faster as matrix products.")
+    ] = False,
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
@@ -133,6 +136,7 @@ def train(
                 compiled=compiled,
                 data_root=data_root,
                 threads=chosen_threads,
+                tune=tune,
                 on_batch=on_batch,
                 on_epoch=on_epoch,
                 on_note=lambda line: console.print(line, soft_wrap=True),

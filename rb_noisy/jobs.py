@@ -33,12 +33,14 @@ class Training:
     Attributes:
         name: of the folder in the list's folder.
         needs: names of the trainings that must be finished first: its teachers.
+        tune: see `rb_noisy.train`.
     """
 
     name: str
     recipe: Recipe
     folder: Path
     needs: tuple[str, ...] = ()
+    tune: bool = False
 
     @property
     def log(self) -> Path:
@@ -75,7 +77,7 @@ class Training:
     def command(self, data_root: str | Path | None) -> list[str]:
         write_json(self.folder / "recipe.json", self.recipe.to_dict())
         command = ["-m", "rb_noisy", "train", "--recipe", self.folder / "recipe.json", "--out", self.folder]
-        return _python([*command, "--resume"], data_root)
+        return _python([*command, "--resume", *(["--tune"] if self.tune else [])], data_root)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,11 @@ class Outcome:
 
 
 def make_jobs(
-    recipes: Mapping[str, Recipe], out: str | Path, evaluations: Sequence[Mapping[str, Any]] = ()
+    recipes: Mapping[str, Recipe],
+    out: str | Path,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    *,
+    tune: bool = False,
 ) -> list[Job]:
     """The jobs of a list: every recipe, and every evaluation right behind the run that it is of.
 
@@ -160,6 +166,7 @@ def make_jobs(
         out: the folder of the run folders.
         evaluations: each with "evaluate" (one of `EVALUATIONS`), "model" (a name among `recipes`; without one, all of
             them) and options.
+        tune: see `rb_noisy.train`.
 
     Raises:
         InputError: an evaluation that cannot be had; a folder that holds a run of another recipe.
@@ -168,7 +175,7 @@ def make_jobs(
     jobs: list[Job] = []
     for name, recipe in recipes.items():
         needs = tuple(teacher for teacher in taught_by(recipe) if teacher in recipes)
-        jobs.append(Training(name, recipe, out / name, needs))
+        jobs.append(Training(name, recipe, out / name, needs, tune))
         jobs[-1].run()  # another recipe's run is refused before anything is done
         jobs += [_evaluation(dict(entry), name, out) for entry in evaluations if entry.get("model", name) == name]
     for entry in evaluations:

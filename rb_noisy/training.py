@@ -21,6 +21,7 @@ import contextlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.checkpoint import Checkpoint, Progress
+from rb_noisy.convolutions import PARTS, apply_plan, make_plan
 from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
@@ -73,6 +75,7 @@ def train(
     compiled: bool = False,
     data_root: str | Path | None = None,
     threads: int | Literal["measured"] | None = None,
+    tune: bool = False,
     on_batch: Callable[[int, int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -95,6 +98,9 @@ def train(
         threads: of PyTorch, on a CPU. None leaves their number as it is. "measured" chooses it by a short measurement
             and anew when steps begin to stall (`rb_noisy.placement.Threads`); a resumed run keeps the number that it
             had. The number in use is in the metrics of every epoch.
+        tune: on a CPU, measure first which parts of which convolutions are faster as matrix products
+            (`rb_noisy.convolutions`), and compute them so. The weights then depend on what was chosen; a resumed run
+            keeps it.
         on_batch: called with (epoch, batches done, batches in the epoch).
         on_epoch: called with the metrics of each finished epoch.
         on_note: called with a line about the threads that were chosen, or bf16 that is slow on this CPU.
@@ -112,7 +118,7 @@ def train(
         raise InputError(f"threads is {threads}; give a number from 1 up")
     trainer = _Trainer(recipe, Path(run_dir), resume, data_root, checkpoint_minutes, limit, compiled)
     with trainer.hold_folder():
-        trainer.place(threads, on_note or (lambda _: None))
+        trainer.place(threads, tune, on_note or (lambda _: None))
         return trainer.run(on_batch, on_epoch)
 
 
@@ -198,6 +204,7 @@ class _Trainer:
         state = path / "state.safetensors"
         self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
         self.threads: Threads | None = None
+        self.plan: dict[str, list[str]] | None = None
         self.progress = self._begin(resume)
         self.saved = "no checkpoint was written" if self.progress == Progress() else f"{state} ({self.progress})"
 
@@ -206,10 +213,21 @@ class _Trainer:
         """The network that is measured and saved: with weight averaging the averaged one."""
         return self.model if self.averager is None else self.averager.model
 
-    def place(self, threads: int | str | None, say: Callable[[str], None]) -> None:
-        """Choose PyTorch's number of threads, as `train` says."""
-        if self.device.type != "cpu" or threads is None:
+    def place(self, threads: int | str | None, tune: bool, say: Callable[[str], None]) -> None:
+        """Choose PyTorch's number of threads, and how convolutions are computed, as `train` says."""
+        if self.device.type != "cpu":
             return
+        if threads is not None:
+            self._choose_threads(threads, say)
+        self.plan = self.progress.plan
+        if tune and self.plan is None:
+            self.plan = make_plan(self.model, self._trial_pass)
+            parts = Counter(part for parts in self.plan.values() for part in parts)
+            chosen = ", ".join(f"{part} of {parts[part]}" for part in PARTS if parts[part])
+            say(f"convolutions as matrix products: {chosen or 'none, the library is as fast'}")
+        apply_plan(self.model, self.plan or {})
+
+    def _choose_threads(self, threads: int | str, say: Callable[[str], None]) -> None:
         if self.recipe.precision == "bf16" and (slowdown := bf16_slowdown()) > 1:
             say(f"this CPU computes in bf16 {slowdown:.1f} times as long as in fp32; precision=no would be faster")
         count = self.progress.threads if threads == "measured" else threads
@@ -429,6 +447,7 @@ class _Trainer:
     def _save(self, progress: Progress) -> None:
         self.progress = progress
         progress.threads = None if self.threads is None else self.threads.count
+        progress.plan = self.plan
         self.checkpoint.save(progress)
         self.saved = f"{self.checkpoint.file} ({progress})"
 

@@ -45,6 +45,9 @@ def sweep(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in its own process.")] = 1,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="On a CPU, measure first which convolutions are faster as matrix products.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
     status: Annotated[
         bool, typer.Option("--status", help="Only say how far each is, and how long the rest will take.")
@@ -79,7 +82,7 @@ def sweep(
             for teacher in recipe.make_targets().teachers:
                 if teacher.removeprefix(BESIDE) not in recipes:
                     check_teacher(teacher, out / name)
-        work = make_jobs(recipes, out, evaluations)
+        work = make_jobs(recipes, out, evaluations, tune=tune)
         if dry_run or status:
             show_status(work, jobs, times=status)
             return

@@ -1,12 +1,17 @@
 """Our training step beside the published loop, in one run: `pytest tests/benchmarks -n 0 --benchmark-group-by=group`.
 
 The published loop is that of Rice et al. 2020 and of [SGLR]'s code without its GPU library: fp32, NCHW,
-`loss.backward()` inside the attack. Model, batch, steps and optimiser are the same.
+`loss.backward()` inside the attack. Model, batch, steps and optimiser are the same. `RB_NOISY_LONG=1` adds what takes
+minutes: `torch.compile`, and the network at full width, PGD-10 and one-step training, alone and beside other work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +19,10 @@ import torch
 from torch.nn import functional as F
 
 from rb_noisy.backbones import build_backbone
+from rb_noisy.placement import bf16_slowdown, usable_cores
 from rb_noisy.recipes import Recipe
 from rb_noisy.training import _Trainer
-from tests.benchmarks.measure import profiled
+from tests.benchmarks.measure import interleaved, profiled
 from tests.conftest import threads
 
 BATCH, EPS, ALPHA, STEPS = 64, 8 / 255, 2 / 255, 10
@@ -41,13 +47,13 @@ def images(tmp_path_factory):
     return file
 
 
-def published_step(images, mode):
+def published_step(images, mode, network=NETWORK):
     """One step of PGD-AT as published, with BatchNorm in `mode` during the attack; a function without arguments."""
     arrays = np.load(images)
     x = torch.from_numpy(arrays["x_train"][:BATCH]).permute(0, 3, 1, 2).float().div(255).contiguous()
     y = torch.from_numpy(arrays["y_train"][:BATCH])
     torch.manual_seed(0)
-    model = build_backbone("preact_resnet18", num_classes=10, in_chans=3, **NETWORK).train()
+    model = build_backbone("preact_resnet18", num_classes=10, in_chans=3, **network).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def step():
@@ -70,24 +76,24 @@ def published_step(images, mode):
     return step
 
 
-def our_step(images, folder, mode="eval", compiled=False, **fields):
-    recipe = Recipe(
-        data=f"npz:{images}",
-        backbone="preact_resnet18",
-        backbone_options=NETWORK,
-        eps=EPS,
-        alpha=ALPHA,
-        steps=STEPS,
-        batch_size=BATCH,
-        lr=0.1,
-        normalize=False,
-        augment=False,
-        attack_mode=mode,
-        epochs=10,
-        track=10,
-        **fields,
-    )
-    trainer = _Trainer(recipe, folder, False, None, compiled=compiled)
+def our_step(images, folder, mode="eval", compiled=False, tune=False, **fields):
+    settings = {
+        "data": f"npz:{images}",
+        "backbone": "preact_resnet18",
+        "backbone_options": NETWORK,
+        "eps": EPS,
+        "alpha": ALPHA,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "lr": 0.1,
+        "normalize": False,
+        "augment": False,
+        "attack_mode": mode,
+        "epochs": 10,
+        "track": 10,
+    }
+    trainer = _Trainer(Recipe(**settings | fields), folder, False, None, compiled=compiled)
+    trainer.place(None, tune, print)
     draws, index = torch.Generator().manual_seed(0), torch.arange(BATCH)
     return lambda: trainer.step(index, 0, 0.0, draws)[0]
 
@@ -134,3 +140,106 @@ def test_cost_of_sglr(method, benchmark, images, tmp_path):
     options = {"start_epoch": 0} if "sglr" in method else {}  # with its second forward pass
     step = our_step(images, tmp_path / "run", method=method, target_options=options)
     assert torch.isfinite(benchmark.pedantic(step, **rounds))
+
+
+HALF = {"precision": "bf16"} if bf16_slowdown() < 1 else {}  # what its CPU is fastest in
+BUSY = """
+import torch
+torch.set_num_threads({threads})
+x, conv = torch.rand(64, 64, 32, 32), torch.nn.Conv2d(64, 64, 3, padding=1)
+print("begun", flush=True)
+while True:
+    conv(x).sum().backward()
+"""
+
+
+@contextlib.contextmanager
+def other_work():
+    """Another process that computes convolutions on all cores."""
+    program = BUSY.format(threads=len(usable_cores()))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def plain_one_step(images, width):
+    """A step of N-FGSM as one would write it: channels_last, autocast where bf16 is faster, no fast form."""
+    arrays = np.load(images)
+    x = torch.from_numpy(arrays["x_train"][:BATCH]).permute(0, 3, 1, 2).float().div(255)
+    x, y = x.contiguous(memory_format=torch.channels_last), torch.from_numpy(arrays["y_train"][:BATCH])
+    torch.manual_seed(0)
+    model = build_backbone("preact_resnet18", num_classes=10, in_chans=3, width=width)
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def loss_of(images):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(HALF)):
+            return F.cross_entropy(model(images).float(), y)
+
+    def step():
+        start = (x + 2 * EPS * (2 * torch.rand_like(x) - 1)).clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(start), start)
+        optimizer.zero_grad()
+        loss = loss_of((start.detach() + EPS * gradient.sign()).clamp(0, 1))
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def with_threads(count, step):
+    def call():
+        with threads(count):
+            return step()
+
+    return call
+
+
+@pytest.mark.parametrize("width", [0.25, pytest.param(1, marks=long)])
+def test_one_step_training_alone_and_beside_other_work(width, images, tmp_path, capsys):
+    """Images per second of N-FGSM; beside other work two threads wait for each other, and one does not."""
+    cores = len(usable_cores())
+    fields = {"method": "n-fgsm", "steps": None, "alpha": None, "backbone_options": {"width": width}, **HALF}
+    plain = plain_one_step(images, width)
+    ours, tuned = (our_step(images, tmp_path / str(tune), tune=tune, **fields) for tune in (False, True))
+    ways = {"plain": plain, "ours": ours, "ours, tuned": tuned}
+    contenders = {(name, count): with_threads(count, way) for name, way in ways.items() for count in {1, cores}}
+    rounds = 2 if width == 1 else 5
+    for contender in contenders.values():
+        assert torch.isfinite(contender())
+    found = {"alone": interleaved(contenders, rounds)}
+    with other_work():
+        time.sleep(1)
+        found["beside other work"] = interleaved(contenders, rounds)
+    precision = "bf16" if HALF else "fp32"
+    with capsys.disabled():
+        for place, seconds in found.items():
+            print(f"\nN-FGSM, PreAct-ResNet-18 of width {width}, batches of {BATCH}, {precision}, {place}:")
+            for (name, count), value in seconds.items():
+                ratio = seconds["plain", cores] / value
+                print(f"  {name}, {count} threads: {BATCH / value:.1f} images per second, {ratio:.2f}x plain")
+
+
+@long
+def test_pgd_training_step_at_full_width(images, tmp_path, capsys):
+    network = {"backbone_options": {"width": 1}}
+    contenders = {
+        "published": published_step(images, "eval", {"width": 1}),
+        "ours, fp32": our_step(images, tmp_path / "plain", **network),
+        "ours, fp32, tuned": our_step(images, tmp_path / "tuned", tune=True, **network),
+    }
+    if HALF:
+        contenders["ours, bf16"] = our_step(images, tmp_path / "half", **network, **HALF)
+        contenders["ours, bf16, tuned"] = our_step(images, tmp_path / "half-tuned", tune=True, **network, **HALF)
+    for contender in contenders.values():
+        assert torch.isfinite(contender())
+    seconds = interleaved(contenders, 2)
+    with capsys.disabled():
+        print(f"\nPGD-10 training step, PreAct-ResNet-18, batches of {BATCH}, two threads, attack in eval mode:")
+        for name, value in seconds.items():
+            print(f"  {name}: {BATCH / value:.2f} images per second, {seconds['published'] / value:.2f}x published")

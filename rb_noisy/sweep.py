@@ -42,7 +42,7 @@ def expand_grid(
         points += [merge(point, dict(entry)) for entry in (entries or [{}])]
     given = [_given_name(point) for point in points]
     several = len({_noise_kind(point) for point in points}) > 1
-    points = [_name_teachers(_settle_noise(point, several)) for point in points]
+    points = [_settle_noise(point, several) for point in points]
     flat = [flatten(point) for point in points]
     fields = sorted({name for point in flat for name in point}, key=_field_order)
     always = {"method", "seed", *NOISE_FIELDS[:2]}
@@ -88,15 +88,6 @@ def _settle_noise(point: dict[str, Any], several: bool) -> dict[str, Any]:
     else:
         dropped = NOISE_FIELDS if kind == "none" or rate == 0 else ()
     return {name: value for name, value in point.items() if name not in dropped}
-
-
-def _name_teachers(point: dict[str, Any]) -> dict[str, Any]:
-    """`point` with its data set's name for {data} in the names of teachers."""
-    options = point.get("target_options")
-    if not options:
-        return point
-    named = {k: v.replace("{data}", str(point.get("data"))) if isinstance(v, str) else v for k, v in options.items()}
-    return point | {"target_options": named}
 
 
 def _varies(name: str, flat: Sequence[Mapping[str, Any]]) -> bool:

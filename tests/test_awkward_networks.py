@@ -193,7 +193,9 @@ def test_logits_and_gradients_are_the_network_s(make):
     with torch.inference_mode():
         assert torch.allclose(fast(x), model(x), rtol=1e-5, atol=1e-5)
     wanted = gradient(model, x)
-    assert torch.allclose(gradient(fast, x), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    # A network that computes in bf16 rounds otherwise in another layout: by a unit of its last place, 1/128.
+    rtol, atol = (1e-2, 1e-2) if make is HalfInside else (1e-3, 1e-4)
+    assert torch.allclose(gradient(fast, x), wanted, rtol=rtol, atol=atol * wanted.abs().max().item())
     assert (fast.form is None) == (make in (Kept, pruned)), "only what cannot be copied does the work itself"
 
 

@@ -80,7 +80,7 @@ def train(
     data_root: Annotated[Path | None, typer.Option(help="Where data sets are kept (else $RB_NOISY_DATA).")] = None,
 ) -> None:
     """Train a model and leave a run folder."""
-    from rb_noisy.placement import is_main, launched, relaunch, threads_are_given
+    from rb_noisy.placement import default_threads, is_main, launched, relaunch
     from rb_noisy.recipes import Recipe, merge
     from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
@@ -98,9 +98,6 @@ def train(
         if processes is not None and launched() == 1 and processes != 1:
             raise typer.Exit(relaunch(processes, "rb_noisy", sys.argv[1:]))
         console.quiet = not is_main()
-        chosen_threads = threads
-        if threads is None and launched() == 1 and not threads_are_given():
-            chosen_threads = "measured"
         values = {k: v for k, v in named.items() if v is not None} | parse_settings(settings or [])
         if recipe is not None and like is not None:
             raise InputError("both --recipe and --like are given; give one of them")
@@ -135,7 +132,7 @@ def train(
                 max_minutes=max_minutes,
                 compiled=compiled,
                 data_root=data_root,
-                threads=chosen_threads,
+                threads=default_threads() if threads is None else threads,
                 tune=tune,
                 on_batch=on_batch,
                 on_epoch=on_epoch,

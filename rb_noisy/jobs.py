@@ -359,8 +359,11 @@ def passes(recipe: Recipe) -> int:
     """
     objective = recipe.make_objective()
     attack = 0 if objective.attack_loss is None else 2 * recipe.steps
-    trained = 3 * (objective.uses_natural + (objective.attack_loss is not None))
+    targets = recipe.make_targets()
+    natural = objective.uses_natural or targets.trains_natural
+    trained = 3 * (natural + (objective.attack_loss is not None))
     if objective.trains_start:
         trained += 2  # its forward pass is the attack's
-    guiding = 1 if recipe.make_targets().natural_mode(recipe.epochs) is not None else 0
+    mode = targets.natural_mode(recipe.epochs)
+    guiding = 1 if mode == "eval" or (mode == "train" and not natural) else 0
     return attack + guiding + trained * (2 if recipe.make_awp() is not None else 1)

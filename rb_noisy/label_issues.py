@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -254,6 +254,7 @@ def out_of_fold(
     path: str | Path,
     *,
     data_root: str | Path | None = None,
+    threads: int | Literal["measured"] | None = None,
     on_batch: Callable[[int, int, int, int], None] | None = None,
     on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> OutOfFold:
@@ -261,7 +262,8 @@ def out_of_fold(
 
     `path` gets, for each k, the data k.npz (training images: the other folds; test images: fold k, so that no image is
     in both) and the run k, which the same call goes on with. The *final* weights judge: *best* ones were chosen by
-    their accuracy on the very fold. `on_batch` and `on_epoch` are those of `rb_noisy.train`, after the fold's number.
+    their accuracy on the very fold. `threads`, `on_batch` and `on_epoch` are those of `rb_noisy.train`, the last two
+    after the fold's number.
     """
     path = Path(path).resolve()  # the runs remember where their data are
     data, labels = training_set(recipe, data_root)
@@ -277,6 +279,7 @@ def out_of_fold(
             Recipe.from_dict(recipe.to_dict() | changes | {"data": f"npz:{file}"}),
             path / str(k),
             resume=True,
+            threads=threads,
             on_batch=on_batch and (lambda *done, k=k: on_batch(k, *done)),
             on_epoch=on_epoch and (lambda line, k=k: on_epoch(k, line)),
         )

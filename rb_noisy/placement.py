@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -171,6 +171,11 @@ def bf16_slowdown() -> float:
 def launched() -> int:
     """How many processes a launcher (torchrun, accelerate) started this one among; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def default_threads() -> Literal["measured"] | None:
+    """What a command that trains asks for: a measurement, but where a user or a launcher has set the number."""
+    return "measured" if launched() == 1 and not threads_are_given() else None
 
 
 def is_main() -> bool:

@@ -221,6 +221,7 @@ def test_the_time_left_comes_of_a_runs_own_epochs_or_of_those_of_its_like(tmp_pa
         ("n-fgsm+awp", None, 8),
         ("n-fgsm+sglr", None, 6),
         ("trades", 10, 26),
+        ("trades+sglr", 10, 26),
     ],
 )
 def test_passes_of_a_step(method, steps, expected):

@@ -96,7 +96,10 @@ def _given_run(path: Path, values: dict[str, Any], folds: int) -> Run:
 def _judge(recipe: Recipe, folds: int, out: Path, data_root: Path | None) -> Run | OutOfFold:
     """Train what judges the labels, or go on with it."""
     from rb_noisy.label_issues import out_of_fold
+    from rb_noisy.placement import default_threads
     from rb_noisy.training import train
+
+    options = {"data_root": data_root, "threads": default_threads()}
 
     with progress_bar() as bar:
         task = bar.add_task("epoch 1", total=None)
@@ -106,10 +109,8 @@ def _judge(recipe: Recipe, folds: int, out: Path, data_root: Path | None) -> Run
             bar.update(task, completed=done, total=total, description=f"{part}epoch {epoch + 1}/{recipe.epochs}")
 
         if not folds:
-            return train(
-                recipe, out / "run", resume=True, data_root=data_root, on_batch=lambda *done: on_batch(None, *done)
-            )
-        found = out_of_fold(recipe, folds, out / "folds", data_root=data_root, on_batch=on_batch)
+            return train(recipe, out / "run", resume=True, on_batch=lambda *done: on_batch(None, *done), **options)
+        found = out_of_fold(recipe, folds, out / "folds", on_batch=on_batch, **options)
     found.save(out / "out_of_fold.npz")
     return found
 

@@ -109,7 +109,10 @@ def train(
         elif like is not None:
             from model_zoo.registry import read_card
 
-            values = merge(Recipe.from_dict(read_card(like, zoo)["recipe"]).changes(), values)
+            card = read_card(like, zoo)
+            values = merge(Recipe.from_dict(card["recipe"]).changes(), values)
+            if threads is None and len(same := card["training"].get("threads", [])) == 1:
+                threads = same[0]  # on which its weights depend bit by bit
         elif resume and not values:
             if not (out / "run.json").is_file():
                 raise InputError(f"{out} holds no run to resume; check --out, or leave out --resume to begin one")

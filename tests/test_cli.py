@@ -20,13 +20,15 @@ def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
 
-def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
+def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path, monkeypatch):
     run, zoo = tmp_path / "run", tmp_path / "zoo"
     settings = ["backbone=resnet8_narrow", "steps=2", "track=20", "track_steps=2", "batch_size=32", "augment=false"]
     settings += ["normalize=false", "target_options.r=0.4"]
     options = [part for setting in settings for part in ("--set", setting)]
     noise = ["--noise", "pair", "--noise-rate", 0.2]
     target = ["--set", "target_options.momentum=0.5"]
+    monkeypatch.setattr("rb_noisy.placement.usable_cores", lambda: [0, 1])
+    monkeypatch.setattr("rb_noisy.placement.fastest", lambda seconds: 1)
     trained = call(
         "train", "--data", f"npz:{tiny_data}", "--method", "trades+sglr", *noise, "--epochs", 2, "--out", run, *options
     )
@@ -38,6 +40,7 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path):
     assert call("publish", run, "mine", "--zoo", zoo).exit_code == 0
     assert "pair 0.2" in call("models", "--zoo", zoo).output
     assert "mine" not in call("models", "--zoo", zoo, "--noise", "symmetric").output
+    monkeypatch.setattr("rb_noisy.placement.fastest", lambda seconds: 2)  # on another day, less busy
     again = call("train", "--like", "mine", "--zoo", zoo, "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert Run.open(tmp_path / "again").recipe == recipe

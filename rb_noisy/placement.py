@@ -29,7 +29,7 @@ ROUNDS = 3  # of a measurement
 STALLED = 2.5  # times its usual length: a step that long waits for somebody else's work
 PATIENCE = 5  # stalled steps in a row before the threads are measured anew
 USUAL = 20  # steps that the usual length is the median of
-PROBE = (64, 64, 32, 32)  # images, channels and sides of the feature map that a precision is tried on
+PROBE = (16, 64, 16, 16)  # images, channels and sides of the feature map that a precision is tried on
 
 
 def usable_cores() -> list[int]:

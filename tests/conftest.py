@@ -8,6 +8,8 @@ from hypothesis import settings
 
 from rb_noisy.recipes import Recipe
 
+# Commands take what they are given instead of measuring what is best beside the other workers of the suite.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # pytest-xdist says 80, and the tables that tests read would be folded
 
 # A shared or slow machine is no reason for a property to fail.

@@ -27,6 +27,7 @@ def test_train_publish_and_list_from_the_command_line(tiny_data, tmp_path, monke
     options = [part for setting in settings for part in ("--set", setting)]
     noise = ["--noise", "pair", "--noise-rate", 0.2]
     target = ["--set", "target_options.momentum=0.5"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("rb_noisy.placement.usable_cores", lambda: [0, 1])
     monkeypatch.setattr("rb_noisy.placement.fastest", lambda seconds: 1)
     trained = call(

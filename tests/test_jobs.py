@@ -160,7 +160,7 @@ def is_running(pid):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
 def test_a_killed_list_leaves_no_process_and_its_command_goes_on(tmp_path):
-    entries = [{"name": f"r{i}", **TINY, "epochs": 40, "seed": i} for i in range(2)]
+    entries = [{"name": f"r{i}", **TINY, "epochs": 12, "seed": i} for i in range(2)]
     process = start(tmp_path, entries)
     metrics = [tmp_path / "runs" / f"r{i}" / "metrics.jsonl" for i in range(2)]
     try:
@@ -177,8 +177,8 @@ def test_a_killed_list_leaves_no_process_and_its_command_goes_on(tmp_path):
     done = [len(Run.open(tmp_path / "runs" / f"r{i}").metrics) for i in range(2)]
     status = call("--out", tmp_path / "runs", "--grid", tmp_path / "list.json", "--status").output
     for i, count in enumerate(done):
-        if count < 40:
-            assert f"r{i}  {count} of 40 epochs, about 1 min left" in status
+        if count < 12:
+            assert f"r{i}  {count} of 12 epochs, about 1 min left" in status
     again = call("--out", tmp_path / "runs", "--grid", tmp_path / "list.json", "--jobs", "2")
     assert again.exit_code == 0, again.output
     assert all(Run.open(tmp_path / "runs" / f"r{i}").finished for i in range(2))

@@ -321,7 +321,8 @@ def _training_summary(run: Run) -> dict[str, Any]:
         "seconds": round(sum(line["seconds"] for line in run.metrics), 1),
         # A step's batch is that of all processes together; each normalised its own part.
         "processes": sorted({line.get("processes", 1) for line in run.metrics}),
-        "threads": sorted({line["threads"] for line in run.metrics if "threads" in line}),  # of a CPU
+        "threads": sorted({count for line in run.metrics for count in line.get("threads", [])}),  # of a CPU
+        "tuned": any("matrix_products" in line for line in run.metrics),
     }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rb_noisy.convolutions import input_gradients_only
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
 
@@ -180,7 +181,8 @@ def gradient_of(
     with torch.enable_grad():
         logits = model(x)
         # Only the input's gradient: autograd then skips the weight gradients altogether.
-        (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x)
+        with input_gradients_only():
+            (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x)
     return gradient, logits.detach()
 
 

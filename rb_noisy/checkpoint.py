@@ -38,7 +38,7 @@ class Progress:
         best: the highest score of the finished epochs.
         losses, norms: training loss and gradient norm of this process' steps in it, each () on the device.
         random: states of this process' random numbers, by name; empty between epochs.
-        threads: PyTorch's, where the run chose their number; the arithmetic depends on it.
+        threads: PyTorch's, on a CPU; the arithmetic depends on their number.
         plan: how convolutions are computed (`rb_noisy.convolutions`), where that was measured; likewise.
     """
 

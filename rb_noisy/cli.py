@@ -81,7 +81,7 @@ def train(
 ) -> None:
     """Train a model and leave a run folder."""
     from rb_noisy.placement import default_threads, is_main, launched, relaunch
-    from rb_noisy.recipes import Recipe, merge
+    from rb_noisy.recipes import Recipe, based_on
     from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
 
@@ -105,12 +105,12 @@ def train(
             if not recipe.is_file():
                 raise InputError(f"--recipe {recipe} is no file; name a JSON file of recipe fields")
             base = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe))
-            values = merge(base.changes(), values)
+            values = based_on(base, values)
         elif like is not None:
             from model_zoo.registry import read_card
 
             card = read_card(like, zoo)
-            values = merge(Recipe.from_dict(card["recipe"]).changes(), values)
+            values = based_on(Recipe.from_dict(card["recipe"]), values)
             if threads is None and len(same := card["training"].get("threads", [])) == 1:
                 threads = same[0]  # on which its weights depend bit by bit
         elif resume and not values:

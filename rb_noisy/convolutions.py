@@ -7,9 +7,10 @@ input gradient and weight gradient wins differs by shape, precision, threads and
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +32,27 @@ class PlannedConv2d(nn.Conv2d):
 
     plan: str = ""  # text, because autocast would make something else of a set
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        return _Convolution.apply(x, self.weight, self.bias, self.stride[0], self.padding[0], self.plan)
+            return super().forward(input)
+        return _Convolution.apply(input, self.weight, self.bias, self.stride[0], self.padding[0], self.plan)
+
+
+_of_inputs_only = False
+
+
+@contextlib.contextmanager
+def input_gradients_only() -> Iterator[None]:
+    """For a backward pass on the CPU that is asked for the gradient of images alone.
+
+    Autograd tells a function of its own that its weights take gradients, whether they are asked for or not.
+    """
+    global _of_inputs_only
+    before, _of_inputs_only = _of_inputs_only, True
+    try:
+        yield
+    finally:
+        _of_inputs_only = before
 
 
 class _Convolution(torch.autograd.Function):
@@ -56,6 +74,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        if _of_inputs_only:
+            wants_weight = wants_bias = False
         native = (wants_input and "input" not in ctx.plan, wants_weight and "weight" not in ctx.plan)
         of_input, of_weight = library_gradients(gradient, x, weight, ctx.stride, ctx.padding, native)
         if wants_input and "input" in ctx.plan:
@@ -121,12 +141,13 @@ def make_plan(model: nn.Module, run_pass: Callable[[], Any]) -> dict[str, list[s
     """
     seen: dict[str, Tensor] = {}
 
-    def look(name: str, x: Tensor) -> None:
+    def look(name: str, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = inputs[0] if inputs else named["input"]
         half = torch.is_autocast_enabled("cpu")
         seen.setdefault(name, x.detach().to(torch.get_autocast_dtype("cpu") if half else x.dtype))
 
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+        module.register_forward_pre_hook(lambda _, *given, name=name: look(name, *given), with_kwargs=True)
         for name, module in model.named_modules()
         if _can_be_planned(module)
     ]

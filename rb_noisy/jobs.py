@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import only_writer, sha256, write_json
+from rb_noisy.placement import end as end_all
 from rb_noisy.placement import placed, shares, usable_cores
 from rb_noisy.recipes import Recipe
-from rb_noisy.runs import Run, read_results, results_file
+from rb_noisy.runs import CHECKPOINTS, Run, read_results, results_file
 from rb_noisy.sweep import differing
 from rb_noisy.sweep_teachers import taught_by
 
-SECONDS_TO_END = 10.0  # for a job that is asked to end, before it is killed
 EVALUATIONS = {"pgd": "pgd-20", "autoattack": "autoattack", "calibration": "calibration"}
 """The evaluations of a list, and the names of their figures."""
 EVALUATION_OPTIONS = {"n": int, "batch_size": int, "seed": int, "checkpoint": str}
@@ -116,12 +117,13 @@ class Evaluation:
         return self.options.get("checkpoint", "final")
 
     def figures(self) -> dict[str, Any] | None:
-        """Those of these weights in the run's folder, over as many images; None where there are none."""
+        """Those of these weights and options in the run's folder, over as many images; None where there are none."""
         weights = self.folder / f"{self.checkpoint}.safetensors"
         found = read_results(results_file(self.folder, self.checkpoint)).get(EVALUATIONS[self.kind])
         if found is None or not weights.is_file() or found["weights_sha256"] != sha256(weights):
             return None
-        return found if found["n"] >= self.options.get("n", found["of"]) else None
+        alike = all(found[name] == self.options[name] for name in ("seed", "batch_size") if name in self.options)
+        return found if alike and found["n"] >= self.options.get("n", found["of"]) else None
 
     def done(self) -> bool:
         return self.figures() is not None
@@ -131,7 +133,8 @@ class Evaluation:
         return "to do" if self.figures() is None else "finished"
 
     def command(self, data_root: str | Path | None) -> list[str]:
-        command = ["-m", f"eval.{self.kind}", "--model", self.folder, "--out", self.out]
+        # What is there already is not what was asked for.
+        command = ["-m", f"eval.{self.kind}", "--model", self.folder, "--out", self.out, "--replace"]
         for name, value in self.options.items():
             command += [f"--{name.replace('_', '-')}", value]
         return _python(command, data_root)
@@ -169,24 +172,45 @@ def make_jobs(
         tune: see `rb_noisy.train`.
 
     Raises:
-        InputError: an evaluation that cannot be had; a folder that holds a run of another recipe.
+        InputError: an evaluation that cannot be had, or two whose figures would be one; teachers that teach each other;
+            a folder that holds a run of another recipe.
     """
     out = Path(out)
+    for entry in evaluations:
+        if not isinstance(entry.get("model", ""), str) or ("model" in entry and entry["model"] not in recipes):
+            raise unknown_name("model to evaluate (a run of the list)", str(entry["model"]), recipes)
     jobs: list[Job] = []
     for name, recipe in recipes.items():
         needs = tuple(teacher for teacher in taught_by(recipe) if teacher in recipes)
         jobs.append(Training(name, recipe, out / name, needs, tune))
         jobs[-1].run()  # another recipe's run is refused before anything is done
         jobs += [_evaluation(dict(entry), name, out) for entry in evaluations if entry.get("model", name) == name]
-    for entry in evaluations:
-        if "model" in entry and entry["model"] not in recipes:
-            raise unknown_name("model to evaluate (a run of the list)", str(entry["model"]), recipes)
+    _check_teachers({job.name: job.needs for job in jobs if isinstance(job, Training)})
+    places = Counter((job.model, job.kind, job.checkpoint) for job in jobs if isinstance(job, Evaluation))
+    for (model, kind, checkpoint), count in places.items():
+        if count > 1:
+            raise InputError(
+                f"{kind} of {model} ({checkpoint}) is in the list {count} times; its folder keeps the figures of one: "
+                "drop the others"
+            )
     return jobs
+
+
+def _check_teachers(needs: Mapping[str, Sequence[str]]) -> None:
+    """Raise `InputError` if a run waits for itself."""
+    for name in needs:
+        seen, ahead = set(), list(needs[name])
+        while ahead:
+            if (teacher := ahead.pop()) == name:
+                raise InputError(f"run {name} waits for itself, by way of its teachers; name another teacher")
+            if teacher not in seen:
+                seen.add(teacher)
+                ahead += needs[teacher]
 
 
 def _evaluation(entry: dict[str, Any], name: str, out: Path) -> Evaluation:
     kind, options = entry.pop("evaluate"), {k: v for k, v in entry.items() if k != "model"}
-    if kind not in EVALUATIONS:
+    if not isinstance(kind, str) or kind not in EVALUATIONS:
         raise unknown_name("evaluation", str(kind), EVALUATIONS)
     for option, value in options.items():
         if option not in EVALUATION_OPTIONS:
@@ -194,6 +218,10 @@ def _evaluation(entry: dict[str, Any], name: str, out: Path) -> Evaluation:
         wanted = EVALUATION_OPTIONS[option]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise InputError(f"{option} of {kind} of {name} is {value!r}; give {wanted.__name__}")
+        if wanted is int and value < (0 if option == "seed" else 1):
+            raise InputError(f"{option} of {kind} of {name} is {value}; give {0 if option == 'seed' else 1} or more")
+    if options.get("checkpoint", "final") not in CHECKPOINTS:
+        raise unknown_name(f"checkpoint of {name}", options["checkpoint"], CHECKPOINTS)
     return Evaluation(kind, name, out / name, out / "eval-results", options)
 
 
@@ -252,7 +280,7 @@ def carry_out(
                     end(process.outcome())
                 time.sleep(0.1)
         finally:
-            _end([process.popen for process in running.values()])
+            end_all([process.popen for process in running.values()])
     return [outcomes[job.name] for job in jobs if job.name in outcomes]
 
 
@@ -295,21 +323,11 @@ class _Process:
         with open(self.job.log, "rb") as log:
             log.seek(self.log_start)
             lines = log.read().decode("utf-8", "replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        spoken = [line.strip() for line in lines if line.strip()]
+        named = [line for line in spoken if line.startswith(("error:", "diverged:"))]
+        last = next(reversed(named or spoken), "it said nothing")
         ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         return Outcome(self.job, f"{last} ({ended}; see {self.job.log})")
-
-
-def _end(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + SECONDS_TO_END
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def seconds_left(jobs: Sequence[Job]) -> dict[str, float | None]:

@@ -201,12 +201,16 @@ class LIET(PGDAT):
         return (x - delta if sign < 0.5 else x + delta).clamp(0.0, 1.0)
 
     def soften(self, target: Tensor, labels: Tensor, draws: torch.Generator | None) -> Tensor:
-        """(1 − s)·target + s·r, (B, K), r a random distribution over the classes other than `labels` (B,)."""
+        """(1 − s)·target + s·r, (B, K), r a random distribution over the classes other than `labels` (B,).
+
+        r has the target's mass, which is below 1 where a teacher has the rest.
+        """
         if not self.smoothing:
             return target
         random = to_device(torch.rand(target.shape, generator=draws), target.device).to(target)
         random = random.scatter(1, labels[:, None], 0.0)
-        return (1 - self.smoothing) * target + self.smoothing * random / random.sum(1, keepdim=True)
+        random = random * target.sum(1, keepdim=True) / random.sum(1, keepdim=True).clamp_min(1e-30)
+        return (1 - self.smoothing) * target + self.smoothing * random
 
     def start_loss(self, logits: Tensor, labels: Tensor, draws: torch.Generator | None) -> Tensor:
         """What the step from the start raises, summed over the batch: the cross entropy with softened labels (B,)."""

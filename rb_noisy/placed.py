@@ -1,7 +1,7 @@
-"""`python placed.py CORES COMMAND …`: the command on these cores, at the lowest priority, ended with its parent.
+"""`python placed.py PARENT CORES PRIORITY COMMAND …`: the command on these cores, ended with its parent process.
 
 A script of the standard library alone, run by its path: the settings must hold before any library starts its threads.
-What the system lacks of the three is left out.
+What the system lacks of them is left out.
 """
 
 import contextlib
@@ -14,15 +14,14 @@ PR_SET_PDEATHSIG = 1  # sys/prctl.h; kept through exec
 
 
 def main() -> None:
-    cores, *command = sys.argv[1:]
+    parent, cores, priority, *command = sys.argv[1:]
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
-    parent = os.getppid()
+        os.setpriority(os.PRIO_PROCESS, 0, int(priority))
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != int(parent):  # it died meanwhile
         sys.exit(1)
     os.execvp(command[0], command)
 

@@ -7,10 +7,14 @@ step takes many times as long. So what is fastest is measured, not guessed, and 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,9 +30,11 @@ from rb_noisy.errors import InputError
 
 Work = Callable[[], Any]
 ROUNDS = 3  # of a measurement
+SECONDS_TO_END = 10.0  # for a process that is asked to end, before it is killed
 STALLED = 2.5  # times its usual length: a step that long waits for somebody else's work
 PATIENCE = 5  # stalled steps in a row before the threads are measured anew
 USUAL = 20  # steps that the usual length is the median of
+STEADY = 1.25  # how much faster several threads must be than processes of one each, which never wait for each other
 PROBE = (16, 64, 16, 16)  # images, channels and sides of the feature map that a precision is tried on
 
 
@@ -78,14 +84,23 @@ class Threads:
         seconds: of the last measurement, by number of threads; empty before one.
     """
 
-    def __init__(self, work: Work, count: int | None = None, *, say: Callable[[str], None] = lambda _: None):
+    def __init__(
+        self,
+        work: Work,
+        count: int | None = None,
+        *,
+        fixed: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ):
         """Choose now.
 
         Args:
             work: what is measured: about a step's work, without its effects.
-            count: take this number, from 1 up, and measure only once steps stall; None measures.
+            count: begin with this number, from 1 up, and measure only once steps stall; None measures.
+            fixed: keep that number, whatever happens.
             say: takes a line about what was chosen, and why.
         """
+        self.fixed, self.given_up = fixed, False
         self.work, self.say, self.all = work, say, len(usable_cores())
         self.seconds: dict[int, float] = {}
         self.stalls, self.recent = 0, deque[float](maxlen=USUAL)
@@ -109,7 +124,7 @@ class Threads:
     def after_step(self, seconds: float) -> None:
         """Take note of a step's length; measure anew when several in a row have stalled."""
         usual = statistics.median(self.recent) if len(self.recent) == USUAL else None
-        if self.count == 1 or usual is None or seconds <= STALLED * usual:
+        if self.fixed or self.count == 1 or usual is None or seconds <= STALLED * usual:
             self.stalls = 0
             self.recent.append(seconds)
             return
@@ -117,11 +132,13 @@ class Threads:
         if self.stalls == PATIENCE:
             self.say(f"steps take {seconds / usual:.1f} times as long as before: something else uses the CPU")
             self._choose()
+            self.given_up = self.count < self.all
 
     def between_epochs(self) -> None:
         """Where threads were given up, see whether the cores are free again."""
-        if self.seconds and self.count < self.all:
+        if self.given_up:
             self._choose()
+            self.given_up = self.count < self.all
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,8 @@ class Layout:
 def best_layout(work: Work) -> Layout:
     """The fastest of: one process with all cores, one with one thread, one process of one thread for each core.
 
-    The last is tried with one Python thread for each process, in which PyTorch lets go of Python's lock.
+    Several threads have to be faster by a quarter, because whatever begins beside them later would stall them. The last
+    is tried with one Python thread for each process, in which PyTorch lets go of Python's lock.
     """
     cores = len(usable_cores())
     alone = seconds_by_threads(work, sorted({1, cores}))
@@ -151,7 +169,7 @@ def best_layout(work: Work) -> Layout:
 
             together()
             layouts.append(Layout(cores, 1, statistics.fmean(together() for _ in range(ROUNDS))))
-    return min(layouts, key=lambda layout: layout.seconds)
+    return min(layouts, key=lambda layout: layout.seconds * (STEADY if layout.threads > 1 else 1))
 
 
 def bf16_slowdown() -> float:
@@ -184,22 +202,72 @@ def is_main() -> bool:
 
 
 def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` with these arguments as so many processes of one thread; the exit code.
+    """Run `python -m module` with these arguments as so many processes of one thread, each on cores of its own.
+
+    The first prints; what another one says is shown if that is what failed. All end with this process.
+
+    Returns:
+        The exit code: 0, or that of one that failed.
 
     Raises:
         InputError: processes is below 1.
     """
     if processes < 1:
         raise InputError(f"--processes is {processes}; give a number from 1 up")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "--", module, *arguments]  # or --n would be taken for a short --nnodes
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    command = [sys.executable, "-m", module, *arguments]
+    with contextlib.ExitStack() as files:
+        said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        started = []
+        for rank, cores in enumerate(shares(usable_cores(), processes)):
+            own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            streams = {"stdout": subprocess.DEVNULL, "stderr": said[rank]} if rank else {}
+            environment = os.environ | {name: str(value) for name, value in own.items()}
+            started.append(subprocess.Popen(placed(command, cores, priority=0), env=environment, **streams))
+        try:
+            codes = _wait(started)
+        finally:
+            end([process for process in started if process.poll() is None])
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None:
+            return 0
+        if failed:
+            said[failed].seek(0)
+            sys.stderr.write(said[failed].read().decode("utf-8", "replace"))
+        return codes[failed]
 
 
-def placed(command: Sequence[str], cores: Sequence[int]) -> list[str]:
-    """`command` so that it runs on these cores only, gives way to everything else, and ends with this process."""
+def _wait(started: Sequence[subprocess.Popen]) -> list[int]:
+    """The exit code of each; 0 for those that had to be ended because another one failed."""
+    deadline = math.inf
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        if deadline == math.inf and any(process.poll() for process in started):
+            deadline = time.monotonic() + SECONDS_TO_END  # they may fail of the same, and say so
+        time.sleep(0.05)
+    return [process.poll() or 0 for process in started]
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes: they are asked, and after `SECONDS_TO_END` killed."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def placed(command: Sequence[str], cores: Sequence[int], priority: int = 19) -> list[str]:
+    """`command` so that it runs on these cores only and ends with this process, by default at the lowest priority."""
     script = str(Path(__file__).with_name("placed.py"))
-    return [sys.executable, script, ",".join(map(str, cores)), *command]
+    return [sys.executable, script, str(os.getpid()), ",".join(map(str, cores)), str(priority), *command]
 
 
 def shares(cores: Sequence[int], jobs: int) -> list[list[int]]:

@@ -392,6 +392,21 @@ def _epoch_at(share: float, epochs: int) -> int:
     return int(share * epochs + 1e-6)
 
 
+def based_on(base: Recipe, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe like another one but for `values`; with other `epochs` its epochs move in proportion."""
+    fields, epochs = base.changes(), values.get("epochs")
+    if isinstance(epochs, int) and epochs != base.epochs:
+        scale = epochs / base.epochs
+        options = fields.get("target_options", {})
+        moved = {
+            name: _epoch_at(scale, options[name]) for name in EPOCH_SHARES.get(base.targets_name, {}).keys() & options
+        }
+        fields |= {"target_options": options | moved} if moved else {}
+        if "milestones" in fields:
+            fields["milestones"] = [max(1, _epoch_at(scale, milestone)) for milestone in fields["milestones"]]
+    return merge(fields, values)
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, option by option."""
     both = {k: base[k] | v for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, in_mode, moved, pgd
+from rb_noisy.convolutions import input_gradients_only
 from rb_noisy.data import augment, from_bytes
 from rb_noisy.device import gather
 from rb_noisy.fast import FastForm
@@ -135,7 +136,8 @@ class Step:
         raised = objective.start_loss(batch.start, batch.labels, batch.draws)
         if penalty is not None:
             raised = raised + len(batch.y) * penalty(batch.start)
-        (gradient,) = torch.autograd.grad(raised, batch.x_start, retain_graph=True)
+        with input_gradients_only():
+            (gradient,) = torch.autograd.grad(raised, batch.x_start, retain_graph=True)
         project = not objective.wide(self.recipe.eps)
         batch.x_adv = moved(batch.x_start, batch.x, gradient, batch.eps, batch.alpha, "Linf", project)
         prediction = batch.start.detach().argmax(1)

@@ -19,9 +19,13 @@ def with_teachers(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     Where a teacher's name is a method, as in {"robust": "pgd-at"}, it is the zoo's model of that method that was
     trained on the same images and labels. Where there is none it is the run among `recipes`; of several, the one most
     like the student. Its name is then "../NAME" (see `rb_noisy.runs.check_teacher`), and it has to be finished before
-    the student begins, see `taught_by`. What is neither stays as it is.
+    the student begins, see `taught_by`. The name of a run among `recipes` stands for that run. What is none of these
+    stays as it is.
     """
-    return {name: _with_teachers(recipe, recipes) for name, recipe in recipes.items()}
+    return {
+        name: _with_teachers(recipe, {other: r for other, r in recipes.items() if other != name})
+        for name, recipe in recipes.items()
+    }
 
 
 def taught_by(recipe: Recipe) -> list[str]:
@@ -33,6 +37,9 @@ def _with_teachers(student: Recipe, recipes: Mapping[str, Recipe]) -> Recipe:
     found = {}
     for option, method in student.target_options.items():
         if method not in student.make_targets().teachers:
+            continue
+        if method in recipes:
+            found[option] = BESIDE + method
             continue
         able = [n for n, r in recipes.items() if r.method == method and _trained_alike(r, student)]
         if (model := _of_the_zoo(method, student)) is not None:

@@ -97,7 +97,7 @@ def train(
         data_root: where data sets are kept, see `rb_noisy.data.load_data`.
         threads: of PyTorch, on a CPU. None leaves their number as it is. "measured" chooses it by a short measurement
             and anew when steps begin to stall (`rb_noisy.placement.Threads`); a resumed run keeps the number that it
-            had. The number in use is in the metrics of every epoch.
+            had. A number is kept, however long steps take. Those in use are in the metrics of every epoch.
         tune: on a CPU, measure first which parts of which convolutions are faster as matrix products
             (`rb_noisy.convolutions`), and compute them so. The weights then depend on what was chosen; a resumed run
             keeps it.
@@ -204,6 +204,7 @@ class _Trainer:
         state = path / "state.safetensors"
         self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
         self.threads: Threads | None = None
+        self.threads_used: set[int] = set()  # in the epoch under way
         self.plan: dict[str, list[str]] | None = None
         self.progress = self._begin(resume)
         self.saved = "no checkpoint was written" if self.progress == Progress() else f"{state} ({self.progress})"
@@ -219,9 +220,12 @@ class _Trainer:
             return
         if threads is not None:
             self._choose_threads(threads, say)
+        from accelerate.utils import broadcast_object_list
+
         self.plan = self.progress.plan
         if tune and self.plan is None:
             self.plan = make_plan(self.model, self._trial_pass)
+            (self.plan,) = broadcast_object_list([self.plan])  # each process has measured its own
             parts = Counter(part for parts in self.plan.values() for part in parts)
             chosen = ", ".join(f"{part} of {parts[part]}" for part in PARTS if parts[part])
             say(f"convolutions as matrix products: {chosen or 'none, the library is as fast'}")
@@ -230,8 +234,9 @@ class _Trainer:
     def _choose_threads(self, threads: int | str, say: Callable[[str], None]) -> None:
         if self.recipe.precision == "bf16" and (slowdown := bf16_slowdown()) > 1:
             say(f"this CPU computes in bf16 {slowdown:.1f} times as long as in fp32; precision=no would be faster")
-        count = self.progress.threads if threads == "measured" else threads
-        self.threads = Threads(self._trial_pass, count, say=say)
+        measured = threads == "measured"
+        count = self.progress.threads if measured else threads
+        self.threads = Threads(self._trial_pass, count, fixed=not measured, say=say)
 
     def _trial_pass(self) -> None:
         """A training pass over a batch that leaves no trace."""
@@ -239,7 +244,7 @@ class _Trainer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]), kept_buffers(self.model):
             loss = F.cross_entropy(self.model.train()(x).float(), self.step.y[: len(x)])
-            torch.autograd.grad(loss, parameters)
+            torch.autograd.grad(loss, parameters, allow_unused=True)
 
     @contextlib.contextmanager
     def hold_folder(self) -> Iterator[None]:
@@ -268,7 +273,9 @@ class _Trainer:
             before = self.progress
             metrics = {"epoch": before.epoch, **trained, "processes": self.accelerator.num_processes}
             if self.device.type == "cpu":
-                metrics["threads"] = torch.get_num_threads()
+                metrics["threads"] = sorted(self.threads_used)
+            if self.plan:
+                metrics["matrix_products"] = sum(map(len, self.plan.values()))
             if self.accelerator.is_main_process:
                 metrics |= self.tracker.measure(self.evaluated, before.epoch, self.device)
                 metrics["seconds"] = round(before.seconds + time.perf_counter() - self.epoch_started, 3)
@@ -310,6 +317,7 @@ class _Trainer:
         first = progress.done / chunk  # not a whole number where another number of processes began the epoch
         total = first + len(batches)
         if not progress.done:
+            self.threads_used = set()
             self.step.targets.begin_epoch(self.record, epoch)
             self.record.forget_epoch()
         for step, batch in enumerate(batches):
@@ -317,6 +325,7 @@ class _Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(share)
             began = time.perf_counter()
+            self.threads_used.add(torch.get_num_threads())
             try:
                 loss, norm = self.step(batch, epoch, share, draws, round(first) + step)
             except RuntimeError:  # to draw a label from a NaN, say, before anyone has looked at the losses
@@ -446,7 +455,7 @@ class _Trainer:
 
     def _save(self, progress: Progress) -> None:
         self.progress = progress
-        progress.threads = None if self.threads is None else self.threads.count
+        progress.threads = torch.get_num_threads() if self.device.type == "cpu" else None
         progress.plan = self.plan
         self.checkpoint.save(progress)
         self.saved = f"{self.checkpoint.file} ({progress})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,40 @@ def test_a_bf16_pass_has_the_gradients_of_autocast():
         out.float().pow(2).mean().backward()
     assert planned.weight.grad.dtype == torch.float32
     torch.testing.assert_close(planned.weight.grad, plain.weight.grad, rtol=0.05, atol=2e-3)
+
+
+def test_an_attack_asks_for_no_weight_gradient(monkeypatch):
+    from rb_noisy.attacks import pgd
+
+    model = network().float()
+    asked = []
+    real = convolutions.library_gradients
+    monkeypatch.setattr(convolutions, "library_gradients", lambda *a: asked.append(a[-1]) or real(*a))
+    monkeypatch.setattr(convolutions, "weight_product", lambda *a: pytest.fail("a weight gradient in an attack"))
+    apply_plan(model, {"0": ["weight"], "2": ["forward"]})
+    classifier = nn.Sequential(model, nn.Flatten(), nn.Linear(64, 3))
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    pgd(classifier, x, y, eps=0.1, alpha=0.05, steps=2, mode="train", seed=0)
+    assert asked
+    assert not any(weight for _, weight in asked)
+
+
+def test_a_network_that_names_its_arguments_is_planned_too(monkeypatch):
+    monkeypatch.setattr(convolutions, "_wins", lambda *ways: True)
+
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    model, x = ByName().train(), torch.rand(2, 3, 6, 6)
+    expected = model(x)
+    apply_plan(model, make_plan(model, lambda: model(x)))
+    assert isinstance(model.conv, PlannedConv2d)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_only_training_passes_are_planned_and_forward_derivatives_still_exist():
@@ -136,6 +171,7 @@ def test_a_tuned_run_keeps_its_choice_when_it_is_resumed(tiny_recipe, tmp_path, 
     whole = train(recipe, tmp_path / "whole", tune=True, on_note=said.append)
     assert said == ["convolutions as matrix products: forward of 9, input of 5, weight of 9"]
     assert [line["train_correct_slope_squared"] is None for line in whole.metrics] == [False] * 3
+    assert [line["matrix_products"] for line in whole.metrics] == [23] * 3
     first = train(recipe, tmp_path / "cut", tune=True, max_minutes=1e-9)
     assert not first.finished
     monkeypatch.setattr(convolutions, "_wins", lambda *ways: False)

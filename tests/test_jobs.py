@@ -21,6 +21,7 @@ from rb_noisy.placement import usable_cores
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run, read_results, results_file
 from rb_noisy.sweep import expand_grid
+from rb_noisy.sweep_teachers import with_teachers
 from rb_noisy.training import train
 
 app = typer.Typer()
@@ -93,6 +94,10 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path):
         ({"evaluate": "pgd", "model": "b"}, "unknown model to evaluate (a run of the list) 'b'"),
         ({"evaluate": "pgd", "batchsize": 3}, "unknown option of pgd 'batchsize'; did you mean batch_size"),
         ({"evaluate": "pgd", "n": "all"}, "n of pgd of a is 'all'; give int"),
+        ({"evaluate": "pgd", "n": -1}, "n of pgd of a is -1; give 1 or more"),
+        ({"evaluate": "pgd", "checkpoint": "bst"}, "unknown checkpoint of a 'bst'; did you mean best"),
+        ({"evaluate": ["pgd"]}, "unknown evaluation"),
+        ({"evaluate": "pgd", "model": ["a"]}, "unknown model to evaluate"),
     ],
 )
 def test_evaluations_that_cannot_be_had_are_named_before_anything_runs(entry, words, tmp_path):
@@ -101,6 +106,48 @@ def test_evaluations_that_cannot_be_had_are_named_before_anything_runs(entry, wo
     assert result.exit_code == 2
     assert words in result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_two_evaluations_whose_figures_would_be_one_are_refused(tmp_path):
+    recipes = expand_grid({}, [{"name": "a", **TINY}])
+    twice = [{"evaluate": "pgd", "n": 20}, {"evaluate": "pgd", "n": 20, "seed": 1}]
+    with pytest.raises(InputError, match=r"pgd of a \(final\) is in the list 2 times"):
+        make_jobs(recipes, tmp_path, twice)
+    assert len(make_jobs(recipes, tmp_path, [twice[0], twice[1] | {"checkpoint": "best"}])) == 3
+
+
+def test_figures_of_another_seed_are_not_those_that_were_asked_for(tmp_path):
+    recipes = expand_grid({}, [{"name": "a", **TINY}])
+    train(recipes["a"], tmp_path / "a")
+    for seed in (0, 1):
+        jobs = make_jobs(recipes, tmp_path, [{"evaluate": "pgd", "n": 20, "seed": seed}])
+        assert not jobs[1].done()
+        assert [outcome.problem for outcome in carry_out(jobs, tmp_path)] == ["", ""]
+        assert jobs[1].figures()["seed"] == seed
+
+
+def test_runs_that_teach_each_other_are_refused(tmp_path):
+    student = {**TINY, "method": "pgd-at+kd"}
+    for names in (("a", "a"), ("a", "b")):
+        entries = [
+            {"name": name, **student, "target_options": {"robust": f"../{other}"}}
+            for name, other in zip(names, reversed(names), strict=True)
+        ][: len(set(names))]
+        with pytest.raises(InputError, match="run a waits for itself"):
+            make_jobs(expand_grid({}, entries), tmp_path)
+
+
+def test_a_teacher_by_the_lists_own_name_is_that_run(tmp_path):
+    taught = {"name": "student", **TINY, "method": "pgd-at+rslad", "target_options": {"robust": "teacher"}}
+    recipes = with_teachers(expand_grid({}, [taught, {"name": "teacher", **TINY}]))
+    assert make_jobs(recipes, tmp_path)[0].needs == ("teacher",)
+
+
+def test_no_jobs_at_a_time_is_one_line(tmp_path):
+    file = written(tmp_path, [{"name": "a", **TINY}])
+    result = call("--out", tmp_path / "runs", "--grid", file, "--status", "--jobs", "0")
+    assert result.exit_code == 2
+    assert "--jobs is 0" in result.output
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "a b", 3])
@@ -127,7 +174,7 @@ def test_each_job_has_its_core_and_one_thread(tmp_path):
     cores = len(usable_cores())
     recipes = expand_grid({}, [{"name": f"r{i}", **TINY, "seed": i} for i in range(cores)])
     carry_out(make_jobs(recipes, tmp_path), tmp_path, at_a_time=cores)
-    assert {Run.open(tmp_path / name).metrics[0]["threads"] for name in recipes} == {1}
+    assert [Run.open(tmp_path / name).metrics[0]["threads"] for name in recipes] == [[1]] * cores
 
 
 def start(tmp_path, entries):

@@ -121,6 +121,13 @@ def test_softening_leaves_a_distribution_and_its_share_to_the_rest():
     assert softened[1, 0].item() == pytest.approx(0.4)
     assert len(set(softened[1, 1:].tolist())) == 3
     assert LIET(smoothing=0).soften(target, labels, draws) is target
+    assert LIET().soften(0.3 * target, labels, draws).sum(1).tolist() == pytest.approx([0.3, 0.3])  # a teacher's rest
+
+
+def test_a_draw_of_nothing_but_zeros_is_no_nan(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, generator=None: torch.zeros(shape))
+    target = torch.tensor([[1.0, 0.0]])
+    assert LIET().soften(target, torch.tensor([0]), None).isfinite().all()
 
 
 def test_the_start_holds_the_label_and_stays_in_the_ball():

@@ -19,7 +19,7 @@ from rb_noisy import placement
 from rb_noisy.cli import app
 from rb_noisy.errors import InputError
 from rb_noisy.placement import Threads, best_layout, fastest, placed, seconds_by_threads, shares
-from rb_noisy.training import train
+from rb_noisy.training import _Trainer, train
 from tests.conftest import threads
 
 
@@ -101,6 +101,25 @@ def test_threads_are_given_up_when_steps_stall_and_taken_again_when_the_cores_ar
         assert machine.calls == calls
 
 
+def test_a_number_that_the_user_gave_is_kept_however_long_steps_take(two_cores):
+    with threads(1):
+        chosen = Threads(Machine(t1=0.0, t2=0.01), 2, fixed=True)
+        for seconds in [0.01] * placement.USUAL + [1.0] * 2 * placement.PATIENCE:
+            chosen.after_step(seconds)
+        chosen.between_epochs()
+        assert chosen.count == torch.get_num_threads() == 2
+
+
+def test_all_that_an_epoch_was_computed_on_is_in_its_metrics_and_in_the_card(tiny_recipe, tmp_path):
+    from model_zoo.registry import publish
+
+    with threads(1):
+        run = train(tiny_recipe(epochs=2), tmp_path / "run", on_batch=lambda *done: torch.set_num_threads(2))
+    assert [line["threads"] for line in run.metrics] == [[1, 2], [2]]
+    card = json.loads(publish(run.path, "mine", zoo=tmp_path / "zoo").read_text())
+    assert (card["training"]["threads"], card["training"]["tuned"]) == ([1, 2], False)
+
+
 def test_processes_are_chosen_where_threads_do_not_pay(two_cores):
     with threads(1):
         alone = best_layout(Machine(t1=0.04, t2=0.04))  # two at once do twice as much
@@ -108,6 +127,8 @@ def test_processes_are_chosen_where_threads_do_not_pay(two_cores):
         assert alone.seconds == pytest.approx(0.02, rel=0.5)
         wide = best_layout(Machine(t1=0.06, t2=0.01))
         assert (wide.processes, wide.threads) == (1, 2)
+        hardly = best_layout(Machine(t1=0.05, t2=0.022))  # two at once: 0.025 each
+        assert (hardly.processes, hardly.threads) == (2, 1)
 
 
 def test_bf16_is_measured_beside_fp32():
@@ -146,6 +167,44 @@ def test_a_placed_command_ends_with_its_parent(tmp_path):
     assert time.monotonic() < deadline
 
 
+def test_several_processes_end_with_the_command_that_started_them(tmp_path):
+    """Also when it is killed; and what one of them says when it fails is shown, with its exit code."""
+    program = (
+        f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))"
+    )
+    (tmp_path / "sleeper.py").write_text(program + "; time.sleep(60)")
+    (tmp_path / "failing.py").write_text(
+        "import os, sys, time; print('of', os.environ['RANK'], os.environ['WORLD_SIZE'], file=sys.stderr)\n"
+        "time.sleep(0.2); sys.exit(3 * int(os.environ['RANK']))"
+    )
+    start = "import sys; from rb_noisy.placement import relaunch; sys.exit(relaunch(2, sys.argv[1], []))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-W", "ignore", "-c", start]
+    parent = subprocess.Popen([*command, "sleeper"], env=environment)
+    files, deadline = [tmp_path / "0", tmp_path / "1"], time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for file in files:
+        running = Path(f"/proc/{file.read_text()}/cmdline")
+        while running.exists() and running.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert time.monotonic() < deadline
+    failed = subprocess.run([*command, "failing"], env=environment, capture_output=True, text=True)
+    assert failed.returncode == 3
+    assert "of 0 2" in failed.stderr
+    assert "of 1 2" in failed.stderr
+
+
+def test_a_network_with_parameters_of_no_use_is_measured_too(tiny_recipe, tmp_path, two_cores):
+    trainer = _Trainer(tiny_recipe(epochs=1), tmp_path / "run", False, None)
+    trainer.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    with threads(1):
+        trainer.place("measured", False, lambda line: None)
+    assert trainer.threads.seconds
+
+
 def test_a_resumed_run_keeps_the_threads_it_had(tiny_recipe, tmp_path, monkeypatch):
     recipe = tiny_recipe(epochs=2)
     with threads(1):
@@ -153,7 +212,7 @@ def test_a_resumed_run_keeps_the_threads_it_had(tiny_recipe, tmp_path, monkeypat
     monkeypatch.setattr(placement, "seconds_by_threads", lambda *a: pytest.fail("measured"))
     with threads(1):
         run = train(recipe, tmp_path / "run", resume=True, threads="measured")
-    assert [line["threads"] for line in run.metrics] == [2, 2]
+    assert [line["threads"] for line in run.metrics] == [[2], [2]]
     with threads(1):
         whole = train(recipe, tmp_path / "whole", threads=2)
     ours, theirs = (load_file(r.path / "final.safetensors") for r in (run, whole))
@@ -167,7 +226,7 @@ def test_the_measurement_leaves_no_trace_in_the_run(tiny_recipe, tmp_path, two_c
         plain = train(recipe, tmp_path / "plain", threads=1)
         said = []
         measured = train(recipe, tmp_path / "measured", threads="measured", on_note=said.append)
-        if measured.metrics[0]["threads"] == 1:  # the arithmetic depends on the number
+        if measured.metrics[0]["threads"] == [1]:  # the arithmetic depends on the number
             ours, theirs = (load_file(r.path / "final.safetensors") for r in (measured, plain))
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert said[0].startswith("threads: ")
@@ -199,7 +258,7 @@ def test_the_command_says_what_it_chose_and_shares_a_step_among_processes(tiny_r
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("evaluate it with") == 1
     line = json.loads((tmp_path / "two" / "metrics.jsonl").read_text())
-    assert (line["processes"], line["threads"]) == (2, 1)
+    assert (line["processes"], line["threads"]) == (2, [1])
     done = command("rb_noisy", "train", "--recipe", file, "--out", tmp_path / "one")
     if len(placement.usable_cores()) > 1:
         assert "threads: " in done.stdout, done.stderr[-2000:]

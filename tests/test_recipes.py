@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rb_noisy.errors import InputError
-from rb_noisy.recipes import Recipe
+from rb_noisy.recipes import Recipe, based_on
 
 
 def rates(recipe, *epochs):
@@ -97,3 +97,19 @@ def test_targets_start_where_the_released_code_starts_counted_from_0(method, epo
 def test_cifar_images_are_not_standardised_by_default():
     """As in [SGLR]'s released transforms, and in [NL App. C.1]: "Each pixel is scaled by 1/255"."""
     assert [Recipe(data=data).normalize for data in ("cifar10", "cifar100", "npz:mine.npz")] == [False] * 3
+
+
+def test_another_length_moves_what_was_named_by_epoch():
+    base = Recipe(
+        data="digits",
+        method="pgd-at+sglr",
+        epochs=60,
+        milestones=[20, 40],
+        target_options={"r": 0.4, "start_epoch": 27},
+    )
+    longer = Recipe.from_dict(based_on(base, {"epochs": 100}))
+    assert longer.milestones == (33, 66)
+    assert longer.target_options == {"r": 0.4, "start_epoch": 45}
+    chosen = Recipe.from_dict(based_on(base, {"epochs": 100, "target_options": {"start_epoch": 3}, "milestones": [9]}))
+    assert (chosen.milestones, chosen.target_options["start_epoch"]) == ((9,), 3)
+    assert Recipe.from_dict(based_on(base, {"lr": 0.05})).target_options["start_epoch"] == 27

@@ -129,7 +129,7 @@ def test_names_are_safe_and_tell_recipes_apart(rates, lrs, files):
         (["--data", "digits", "--set", "lr"], "is not FIELD=VALUE"),
         (["--data", "digits", "--set", "leaning_rate=1,2"], "unknown recipe field"),
         (["--data", "digits", "--noise-rate", "0,0.4"], "no noise is named"),
-        (["--data", "digits", "--jobs", "0"], "jobs is 0"),
+        (["--data", "digits", "--jobs", "0"], "--jobs is 0"),
         (["--data", "digits", "--grid", "nowhere.json"], "is no file"),
         (["--data", "npz:/a/x.npz,npz:/b/x.npz"], "share the name 'npz-x_pgd-at_clean_seed0'"),
         ([], "names no data set"),

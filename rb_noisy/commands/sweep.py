@@ -71,6 +71,8 @@ def sweep(
         "epochs": epochs,
     }
     with user_errors():
+        if jobs < 1:
+            raise InputError(f"--jobs is {jobs}; give the number of runs at a time, from 1 up")
         texts = [f"{name}={text}" for name, text in named.items() if text is not None]
         axes, entries, evaluations = parse_axes([*texts, *(settings or [])]), None, []
         if grid is not None:
@@ -80,7 +82,7 @@ def sweep(
         recipes = with_teachers(expand_grid(axes, entries))
         for name, recipe in recipes.items():
             for teacher in recipe.make_targets().teachers:
-                if teacher.removeprefix(BESIDE) not in recipes:
+                if not (teacher.startswith(BESIDE) and teacher.removeprefix(BESIDE) in recipes):
                     check_teacher(teacher, out / name)
         work = make_jobs(recipes, out, evaluations, tune=tune)
         if dry_run or status:

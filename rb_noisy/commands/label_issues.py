@@ -25,7 +25,7 @@ SHEET, PAGE, LARGEST = 64, 500, 1000  # images of the contact sheet and of the p
 
 def label_issues(
     data: Annotated[
-        str | None, typer.Option(help="digits, mnist, cifar10, cifar100, npz:FILE or imagefolder:DIR.")
+        str | None, typer.Option(help="digits, mnist, cifar10, cifar100, cifar100-coarse, npz:FILE or imagefolder:DIR.")
     ] = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="Judge by the history of this run instead of training one.")

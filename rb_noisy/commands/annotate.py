@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # (C, H, W). Networks with global pooling take images of any size, and label those of a wrong one by chance.
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)} | {"cifar100-coarse": (3, 32, 32)}
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28)}
+SHAPES |= dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse"), (3, 32, 32))
 
 
 def annotate(

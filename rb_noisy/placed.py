@@ -1,4 +1,6 @@
-"""`python placed.py PARENT CORES PRIORITY COMMAND …`: the command on these cores, ended with its parent process.
+"""`python placed.py PARENT CORES NICE COMMAND …`: the command on these cores, ended with its parent process.
+
+NICE is added to the parent's niceness: 19 gives way to everything else, 0 leaves it as it is.
 
 A script of the standard library alone, run by its path: the settings must hold before any library starts its threads.
 What the system lacks of them is left out.
@@ -14,11 +16,11 @@ PR_SET_PDEATHSIG = 1  # sys/prctl.h; kept through exec
 
 
 def main() -> None:
-    parent, cores, priority, *command = sys.argv[1:]
+    parent, cores, nice, *command = sys.argv[1:]
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, 0, int(priority))
+        os.nice(int(nice))
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died meanwhile

@@ -227,7 +227,7 @@ def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
             own = shared | {"RANK": rank, "LOCAL_RANK": rank}
             streams = {"stdout": subprocess.DEVNULL, "stderr": said[rank]} if rank else {}
             environment = os.environ | {name: str(value) for name, value in own.items()}
-            started.append(subprocess.Popen(placed(command, cores, priority=0), env=environment, **streams))
+            started.append(subprocess.Popen(placed(command, cores, nice=0), env=environment, **streams))
         try:
             codes = _wait(started)
         finally:
@@ -264,10 +264,10 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def placed(command: Sequence[str], cores: Sequence[int], priority: int = 19) -> list[str]:
-    """`command` so that it runs on these cores only and ends with this process, by default at the lowest priority."""
+def placed(command: Sequence[str], cores: Sequence[int], nice: int = 19) -> list[str]:
+    """`command` so that it runs on these cores only and ends with this process; `nice` is added to its niceness."""
     script = str(Path(__file__).with_name("placed.py"))
-    return [sys.executable, script, str(os.getpid()), ",".join(map(str, cores)), str(priority), *command]
+    return [sys.executable, script, str(os.getpid()), ",".join(map(str, cores)), str(nice), *command]
 
 
 def shares(cores: Sequence[int], jobs: int) -> list[list[int]]:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import eval.pgd
+from eval import common
 from rb_noisy import placement
 from rb_noisy.cli import app
 from rb_noisy.errors import InputError
@@ -264,39 +267,48 @@ def test_the_command_says_what_it_chose_and_shares_a_step_among_processes(tiny_r
         assert "threads: " in done.stdout, done.stderr[-2000:]
 
 
+PGD = ("--model", "sglr_digits", "--n", "60", "--batch-size", "20")
+
+
+def pgd_here(*options):
+    app = typer.Typer()
+    app.command()(eval.pgd.main)
+    return CliRunner().invoke(app, [*PGD, *map(str, options)])
+
+
 def test_an_evaluation_has_the_same_verdicts_over_processes(tmp_path):
-    options = ("--model", "sglr_digits", "--n", 60, "--batch-size", 20)
-    figures = {}
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        done = command("eval.pgd", *options, "--processes", count, "--out", out, "--json", out / "figures.json")
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("verdicts:") == 1
-        figures[count] = json.loads((out / "figures.json").read_text())["pgd-20"]
-    assert figures[1]["any_iterate"] == figures[2]["any_iterate"]
+    """By the real command in two processes, and here in one."""
+    done = command("eval.pgd", *PGD, "--processes", 2, "--out", tmp_path, "--json", tmp_path / "2.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("verdicts:") == 1
+    assert pgd_here("--out", tmp_path / "alone", "--json", tmp_path / "1.json").exit_code == 0
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text())["pgd-20"] for count in (1, 2))
+    assert one["any_iterate"] == two["any_iterate"]
 
 
 def test_an_evaluation_places_itself_where_that_is_worth_it(tmp_path, monkeypatch):
-    """By the real command, with what is worth it set to nothing."""
-    program = "from eval import common; common.WORTH_PLACING = 0.0; import eval.pgd"
-    program += "; common._command = lambda: 'eval.pgd'; import typer; typer.run(eval.pgd.main)"
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"CUDA_VISIBLE_DEVICES": ""}
-    arguments = ["--model", "sglr_digits", "--n", "20", "--batch-size", "10", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "s for the gradients of 20 images" in done.stdout
-    assert done.stdout.count("verdicts:") == 1
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(common, "_command", lambda: "eval.pgd")
+    started = []
+    monkeypatch.setattr(common, "relaunch", lambda count, module, arguments: started.append((count, module)) or 7)
+    monkeypatch.setattr(common, "best_layout", lambda work: work() or placement.Layout(2, 1, 0.5))
+    assert pgd_here("--out", tmp_path).exit_code == 0, "an evaluation of seconds is not measured"
+    assert started == []
+    monkeypatch.setattr(common, "WORTH_PLACING", 0.0)
+    done = pgd_here("--out", tmp_path)
+    assert (done.exit_code, started) == (7, [(2, "eval.pgd")])
+    assert "2 processes of one thread: 0.5 s for the gradients of 32 images" in done.output
+    monkeypatch.setattr(common, "best_layout", lambda work: placement.Layout(1, 2, 0.5))
+    with threads(1):
+        done = pgd_here("--out", tmp_path)
+        assert torch.get_num_threads() == 2
+    assert done.exit_code == 0
+    assert "2 threads: 0.5 s for the gradients of 32 images" in done.output
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "gradients of" not in pgd_here("--out", tmp_path).output
 
 
 def test_processes_need_a_command_line():
-    from eval.common import load_subject
-
     options = {"zoo": None, "dataset": None, "n": None, "device": "cpu", "eps": None, "data_root": None}
     with pytest.raises(InputError, match="--processes is for the command line"):
-        load_subject("sglr_digits", checkpoint="final", seed=0, batch_size=10, processes=2, **options)
+        common.load_subject("sglr_digits", checkpoint="final", seed=0, batch_size=10, processes=2, **options)

@@ -157,7 +157,7 @@ while True:
 def other_work():
     """Another process that computes convolutions on all cores."""
     program = BUSY.format(threads=len(usable_cores()))
-    command = placed([sys.executable, "-c", program], usable_cores(), priority=0)  # which ends with this process
+    command = placed([sys.executable, "-c", program], usable_cores(), nice=0)  # which ends with this process
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         process.stdout.readline()

@@ -6,7 +6,6 @@ them. torchvision's folders hold pickles; `_Plain` builds nothing of them but ar
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import tarfile
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from rb_noisy.errors import InputError
+from rb_noisy.files import md5_of
 
 Read = Callable[[str], bytes]
 """File name → its content, checked."""
@@ -152,7 +152,7 @@ def read_archive(name: str, archive: bytes) -> Cifar:
 
 def _checked(name: str, path: Path, md5: str) -> bytes:
     content = path.read_bytes()
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+    if md5_of(content) != md5:
         raise InputError(
             f"{path} of data set {name!r} is damaged or not the official file (its MD5 is not {md5}): extract it "
             "again, or move its folder away"

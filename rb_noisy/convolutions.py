@@ -99,7 +99,7 @@ def library_gradients(
 def columns(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """(N·H'·W', kernel²·C): the neighbourhood of every output pixel of images x (N, C, H, W), kernel rows first."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])
+    height, width = _sides(x, kernel, stride, padding)
     parts = [
         padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
         for i in range(kernel)
@@ -108,10 +108,15 @@ def columns(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     return torch.cat(parts, 3).reshape(-1, kernel * kernel * x.shape[1])
 
 
+def _sides(x: Tensor, kernel: int, stride: int, padding: int) -> list[int]:
+    """[H', W'] of what a convolution makes of x (N, C, H, W)."""
+    return [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]]
+
+
 def forward_product(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution of x (N, C, H, W) with a square kernel (O, C, k, k), in channels_last."""
     kernel = weight.shape[2]
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])
+    height, width = _sides(x, kernel, stride, padding)
     out = columns(x, kernel, stride, padding) @ weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
     return out.reshape(len(x), height, width, -1).permute(0, 3, 1, 2)
 

@@ -7,7 +7,6 @@ are read, and no pickle of other bytes is ever opened.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import http.client
 import os
 import struct
@@ -26,7 +25,7 @@ from torch import Tensor
 from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path
+from rb_noisy.files import atomic_path, md5_of
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -246,7 +245,7 @@ def _contents(name: str, root: Path, download: bool) -> list[bytes]:
         if not path.is_file():
             _fetch(name, file, root, download)
         content = path.read_bytes()
-        if _md5(content) != file.md5:
+        if md5_of(content) != file.md5:
             raise InputError(
                 f"{path} of data set {name!r} is half-written or damaged (its MD5 is not {file.md5}): delete it and it "
                 "is downloaded again"
@@ -283,12 +282,8 @@ def _download(url: str, path: Path, md5: str) -> None:
         if url.endswith(".gz") and path.suffix != ".gz":
             content = gzip.decompress(content)
             temporary.write_bytes(content)
-        if _md5(content) != md5:
+        if md5_of(content) != md5:
             raise RuntimeError("the download arrived damaged")
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _npz(name: str, path: Path) -> Dataset:

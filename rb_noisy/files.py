@@ -96,6 +96,11 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def md5_of(content: bytes) -> str:
+    """The MD5 of bytes, in hexadecimal: what official data sets are known by."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, types, shapes and contents."""
     digest = hashlib.sha256()

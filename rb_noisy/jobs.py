@@ -218,8 +218,9 @@ def _evaluation(entry: dict[str, Any], name: str, out: Path) -> Evaluation:
         wanted = EVALUATION_OPTIONS[option]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise InputError(f"{option} of {kind} of {name} is {value!r}; give {wanted.__name__}")
-        if wanted is int and value < (0 if option == "seed" else 1):
-            raise InputError(f"{option} of {kind} of {name} is {value}; give {0 if option == 'seed' else 1} or more")
+        least = 0 if option == "seed" else 1
+        if wanted is int and value < least:
+            raise InputError(f"{option} of {kind} of {name} is {value}; give {least} or more")
     if options.get("checkpoint", "final") not in CHECKPOINTS:
         raise unknown_name(f"checkpoint of {name}", options["checkpoint"], CHECKPOINTS)
     return Evaluation(kind, name, out / name, out / "eval-results", options)

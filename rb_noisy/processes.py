@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from rb_noisy.files import left_by_killed
+from rb_noisy.placement import launched
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others; they have shares of hours, and PyTorch's default is 10 to 30 minutes."""
@@ -31,7 +32,7 @@ class Processes:
     @staticmethod
     def launched() -> Processes:
         """Those this process was launched with; itself alone without a launcher."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched() == 1:
             return Processes()
         from accelerate import PartialState
 

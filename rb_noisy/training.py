@@ -220,10 +220,10 @@ class _Trainer:
             return
         if threads is not None:
             self._choose_threads(threads, say)
-        from accelerate.utils import broadcast_object_list
-
         self.plan = self.progress.plan
         if tune and self.plan is None:
+            from accelerate.utils import broadcast_object_list
+
             self.plan = make_plan(self.model, self._trial_pass)
             (self.plan,) = broadcast_object_list([self.plan])  # each process has measured its own
             parts = Counter(part for parts in self.plan.values() for part in parts)

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,13 +36,15 @@ from rb_noisy.attacks import ATTACK_LOSSES, gradient_of
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.device import keep_freed_memory
-from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
+from rb_noisy.forward import checked_images, doubts, masked_doubt, natural_logits, spoiled_doubt, usable
 from rb_noisy.measures import wilson_interval
 from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
 from rb_noisy.processes import Processes
-from rb_noisy.recipes import parse_radius
+from rb_noisy.radius import parse_radius
+from rb_noisy.radius import radius as in_range
 from rb_noisy.runs import Run
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
@@ -86,6 +89,7 @@ CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="Of a run fo
 
 WORTH_PLACING = 120.0  # seconds of work from which on starting further processes pays
 PLACED_ON = 32  # images of a measurement
+CHECKED_ON = 16  # images that are looked at before an evaluation
 
 
 @dataclass(frozen=True)
@@ -200,25 +204,26 @@ def load_subject(
     name = dataset or found.data
     if eps is None and found.eps is None:
         raise InputError(f"{model} has no ε of its own; give --eps, e.g. --eps 8/255")
-    radius = found.eps if eps is None else eps
-    if not 0 < radius < float("inf"):
-        raise InputError(f"--eps is {radius}; give a number above 0, in units of the image range [0, 1]")
+    radius = in_range(found.eps if eps is None else eps, "--eps", found.norm, above_zero=True)
     try:
         data = load_data(name, data_root)
     except InputError as error:
         if dataset is not None:
             raise
         raise InputError(f"{error}. {model} is evaluated on {name}; for other images give --dataset") from error
-    x, y = data.x_test, data.y_test
+    x, y = checked_images(data.x_test, getattr(found.model, "image_shape", None)), data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
     # Convolutions are faster so, on a CPU by about a half; the values are the same but for rounding.
     network = found.model.to(chosen, memory_format=torch.channels_last).eval()
     try:
-        with torch.no_grad():
-            classes = network(x[:2].to(chosen)).shape[1]
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"{model} cannot take the images of {name}, {tuple(x.shape[1:])}: {error}") from error
+        network = usable(network, x)
+        few = x[:CHECKED_ON].to(chosen)
+        classes = natural_logits(network, few).shape[1]
+        for doubt in doubts(network, few):
+            warnings.warn(doubt, NetworkWarning, stacklevel=1)
+    except InputError as error:
+        raise InputError(f"{model} on {name}: {error}") from error
     if classes != data.num_classes:
         raise InputError(f"{model} tells {classes} classes apart but {name} has {data.num_classes}; give --dataset")
     # A figure on other data or another ε is not the card's figure.
@@ -359,6 +364,12 @@ def rate(hits: Tensor) -> dict[str, Any]:
     """An accuracy with its 95% Wilson interval, from (n,) bool."""
     count, n = int(hits.sum()), len(hits)
     return {"accuracy": count / n, "interval": list(wilson_interval(count, n))}
+
+
+def doubts_of(verdicts: dict[str, Tensor]) -> list[str]:
+    """What the `masked` and `spoiled` images (n,) bool of an attack say against its figures."""
+    masked, spoiled = masked_doubt(verdicts["masked"]), int(verdicts["spoiled"].sum())
+    return ([masked] if masked else []) + ([spoiled_doubt(spoiled)] if spoiled else [])
 
 
 def percent(figures: dict[str, Any]) -> str:

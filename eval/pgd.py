@@ -14,11 +14,13 @@ from eval import common
 from eval.batches import in_batches
 from rb_noisy.attacks import pgd
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.geometry import stands
-from rb_noisy.recipes import parse_radius
+from rb_noisy.forward import natural_logits
+from rb_noisy.geometry import resistance
+from rb_noisy.radius import parse_radius
 
 # Both papers' test attack on CIFAR: ε and α in units of [0, 1]. Other models keep their own ε, with α = ε/4 as in both.
 STEPS = 20
+ACCURACIES = ("final_iterate", "any_iterate")
 PRESETS = {"sglr": (8 / 255, 2 / 255), "nl": (0.031, 0.031 / 4)}
 
 
@@ -39,17 +41,22 @@ def evaluate(
     samples are left alone once they are broken.
     """
     settings = {"seed": seed, "eps": subject.eps, "alpha": alpha, "steps": steps, "any_iterate": any_iterate}
+    settings["masked"] = True  # a state of before these were kept is of no use
     ball = {"eps": subject.eps, "alpha": alpha, "steps": steps, "norm": subject.norm}
 
     def compute(x: Tensor, y: Tensor, batch_seed: int) -> dict[str, Tensor]:
-        with torch.no_grad():
-            natural = subject.fast(x).argmax(1) == y
+        natural = natural_logits(subject.fast, x).argmax(1) == y
         if any_iterate:
-            standing = stands(subject.fast, x, y, seed=batch_seed, batch_size=len(x), **ball)
-            return {"natural": natural, "any_iterate": standing & natural}
-        attack = pgd(subject.fast, x, y, seed=batch_seed, evaluate_final=True, **ball)
+            # κ of one more step than the attack takes looks at x⁽ⁿ⁾ too.
+            one_more = ball | {"steps": steps + 1, "batch_size": len(x), "seed": batch_seed, "check": False}
+            met = resistance(subject.fast, x, y, **one_more)
+            found = {"any_iterate": (met.kappa > steps) & natural}
+            return {"natural": natural, "masked": met.masked, "spoiled": met.spoiled} | found
+        attack = pgd(subject.fast, x, y, seed=batch_seed, evaluate_final=True, check=False, **ball)
         return {
             "natural": natural,
+            "masked": attack.masked if steps else torch.zeros_like(natural),
+            "spoiled": attack.spoiled,
             "final_iterate": attack.final_correct,
             "any_iterate": ~attack.broken & natural,  # x itself is in the ball too
             "kappa": attack.kappa,
@@ -60,7 +67,9 @@ def evaluate(
         "attack": f"PGD-{steps}, cross entropy, one random start, eval mode",
         "alpha": alpha,
         "steps": steps,
-        **{name: common.rate(hits) for name, hits in verdicts.items() if name != "kappa"},
+        **{name: common.rate(verdicts[name]) for name in ("natural", *ACCURACIES) if name in verdicts},
+        "masked_gradients": verdicts["masked"].double().mean().item(),
+        "warnings": common.doubts_of(verdicts),
     }
     return figures, verdicts
 
@@ -81,6 +90,8 @@ def run(
         subject, alpha=step, steps=steps, seed=seed, batch_size=batch_size, out=out, any_iterate=any_iterate
     )
     common.show(heading(subject, figures), table(subject, figures))
+    for warning in figures["warnings"]:
+        common.console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     name = f"pgd-{steps}" + ("-any" if any_iterate else "")
     common.save_verdicts(out, name, subject, **verdicts)
     return {name: figures}

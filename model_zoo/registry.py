@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256, write_json
 from rb_noisy.recipes import Recipe
@@ -27,6 +28,8 @@ Card = dict[str, Any]
 
 def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
     """A finished model in eval mode: images (N, C, H, W) in [0, 1] in, logits (N, K) out.
+
+    Its attribute `image_shape` is the (C, H, W) that it was trained on, which the attacks and evaluations insist on.
 
     The weights are checked by their SHA-256 before they are read.
 
@@ -44,6 +47,8 @@ def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
     file = weights_file(card, root)
     model = build_backbone(**card["model_options"])
     load_weights(model, file)
+    shape = card.get("image_shape", SHAPES.get(card["recipe"]["data"]))
+    model.image_shape = None if shape is None else tuple(shape)
     return model.eval()
 
 
@@ -291,6 +296,7 @@ def run_card(run: Run, name: str, checkpoint: str) -> Card:
         "weights": {},
         "model_options": run.model_options,
         "class_names": list(run.class_names),
+        "image_shape": run.image_shape and list(run.image_shape),
         "recipe": recipe.to_dict(),
         "training": _training_summary(run),
         "published": datetime.date.today().isoformat(),

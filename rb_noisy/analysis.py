@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
-from rb_noisy.attacks import Norm, check_attack, generator_of, in_mode, logits_of, pgd, start_of
+from rb_noisy.attacks import Norm, check_attack, generator_of, logits_of, pgd, start_of
 from rb_noisy.errors import InputError
+from rb_noisy.forward import ask, in_mode
 
 BATCH = 500
 
@@ -31,7 +32,7 @@ def neighbourhood_entropy(
     model: nn.Module,
     x: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     points: int = 100,
     norm: Norm = "Linf",
     seed: int | None = None,
@@ -52,9 +53,11 @@ def neighbourhood_entropy(
     Raises:
         InputError: a setting out of range, images outside [0, 1].
     """
-    check_attack(x, None, eps=eps, alpha=0, steps=0, norm=norm, definition="first")
+    eps, _ = check_attack(eps=eps, alpha=0, steps=0, norm=norm)
     if points < 1:
         raise InputError(f"points is {points}; give at least 1")
+    asked = ask(model, x, batch_size=BATCH)
+    model, x = asked.model, asked.x
     generator, found = generator_of(seed, None), [x.new_zeros(0)]
     with in_mode(model, "eval"):
         for batch in x.split(BATCH):
@@ -68,15 +71,24 @@ def neighbourhood_entropy(
 
 
 def adversarial_entropy(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, alpha: float, norm: Norm = "Linf", seed: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    alpha: float | str,
+    norm: Norm = "Linf",
+    seed: int | None = None,
 ) -> Tensor:
     """Entropy of the prediction at the PGD-1 variant of each sample ([NL] Figure 12b): (N,) in nats, 0..log K.
 
     Arguments and errors as in `pgd`.
     """
+    asked = ask(model, x, y, batch_size=BATCH)
+    model, x, y = asked.model, asked.x, asked.y
     found, generator = [x.new_zeros(0)], generator_of(seed, None)
     for xb, yb in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        x_adv = pgd(model, xb, yb, eps=eps, alpha=alpha, steps=1, norm=norm, generator=generator).x_adv
+        x_adv = pgd(model, xb, yb, eps=eps, alpha=alpha, steps=1, norm=norm, generator=generator, check=False).x_adv
         with in_mode(model, "eval"):
             found.append(entropy(logits_of(model, x_adv).float()))
     return torch.cat(found)
@@ -120,6 +132,8 @@ def loss_landscape(
     Returns:
         (S, S), rows by a and columns by b.
     """
+    asked = ask(model, x, y, batch_size=BATCH)
+    x, y = asked.x, asked.y
     first, second = directions
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     values = torch.empty(len(steps), len(steps))
@@ -142,6 +156,8 @@ def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
     On x̃ it is the gradient norm of adversarial training; training records that of its own mini-batches.
     """
+    asked = ask(model, x, y, batch_size=BATCH)
+    model, x, y = asked.model, asked.x, asked.y
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
     with in_mode(model, "eval"), torch.enable_grad():
@@ -230,6 +246,7 @@ def penultimate_features(model: nn.Module, x: Tensor) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer whose input could be drawn; draw another model")
+    x = ask(model, x, batch_size=BATCH).x
     seen: list[Tensor] = []
     handle = layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().flatten(1)))
     try:

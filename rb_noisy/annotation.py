@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import in_mode
 from rb_noisy.data import image_files, npz_images, open_npz, pixels, read_image
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
-from rb_noisy.geometry import device_of, kappa
+from rb_noisy.forward import ask, checked_images, device_of, outside_inference, warn_of_masked, warn_of_spoiled
+from rb_noisy.geometry import resistance
 from rb_noisy.measures import wilson_interval
+from rb_noisy.radius import radius, step_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +87,13 @@ class Calibrator(Protocol):
     def predict(self, x: Tensor) -> Predictions: ...
 
 
+@outside_inference
 def annotate(
     model: nn.Module,
     images: Tensor,
     *,
-    eps: float,
-    alpha: float | None = None,
+    eps: float | str,
+    alpha: float | str | None = None,
     steps: int = 10,
     norm: str = "Linf",
     calibrator: Calibrator | None = None,
@@ -117,39 +119,40 @@ def annotate(
         progress: called with the number of images finished since the last call.
 
     Raises:
-        InputError: a setting out of range; images outside [0, 1] or not 4-dimensional; logits that are not finite;
-            a calibrator of another model, ε, α or norm.
+        InputError: a setting out of range; images or answers of another kind than `rb_noisy.forward` says; a
+            calibrator of another model, ε, α or norm.
     """
     if steps < 1 or batch_size < 1:
         raise InputError(f"steps is {steps} and batch_size is {batch_size}; give at least 1 for each")
-    if images.dim() != 4:
-        raise InputError(f"the images have shape {tuple(images.shape)}; give (N, C, H, W)")
-    step = 2.5 * eps / steps if alpha is None else alpha
-    device = device_of(model, images)
-    if calibrator is not None:
-        given = {} if alpha is None else {"alpha": alpha}
+    eps = radius(eps, "eps", norm)
+    step = 2.5 * eps / steps if alpha is None else step_size(alpha, eps, "alpha", norm)
+    if calibrator is None:
+        asked = ask(model, images, batch_size=batch_size)
+        model, images, logits = asked.model, asked.x, asked.logits
+    else:
+        images = checked_images(images, getattr(model, "image_shape", None))
+        given = {} if alpha is None else {"alpha": step}
         _check_calibrator(calibrator, model, eps=eps, norm=norm, **given)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    device, parts = device_of(model, images), []
+    hidden, spoiled = torch.zeros(0, dtype=torch.bool), 0
     for at in range(0, len(images), batch_size):
         x = images[at : at + batch_size].to(device)
         if calibrator is not None:
             found = calibrator.predict(x)
             part = (torch.as_tensor(found.label), torch.as_tensor(found.kappa), torch.as_tensor(found.confidence))
         else:
-            with torch.no_grad(), in_mode(model, "eval"):
-                logits = model(x)
-            if not logits.isfinite().all():
-                bad = at + int((~logits.isfinite().all(1)).int().argmax())
-                raise InputError(f"the model's logits of image {bad} are not finite; look at the model and the image")
-            label = logits.argmax(1)
-            measured = kappa(
-                model, x, label, eps=eps, alpha=step, steps=steps, norm=norm, random_start=False, batch_size=batch_size
-            )
+            answers = logits[at : at + batch_size].to(device)
+            label = answers.argmax(1)
+            ball = {"eps": eps, "alpha": step, "steps": steps, "norm": norm, "random_start": False}
+            met = resistance(model, x, label, batch_size=batch_size, check=False, **ball)
+            hidden, spoiled = torch.cat([hidden, met.masked.cpu()]), spoiled + int(met.spoiled.sum())
             # float64, because float32 rounds the confidence of many images to 1 and then cannot rank them.
-            part = (label, measured, logits.double().softmax(1).amax(1))
+            part = (label, met.kappa, answers.double().softmax(1).amax(1))
         parts.append(tuple(values.cpu() for values in part))
         if progress is not None:
             progress(len(x))
+    warn_of_masked(hidden)
+    warn_of_spoiled(spoiled)
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
         return Annotations(none, none, none.double())

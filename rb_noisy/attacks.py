@@ -8,8 +8,7 @@ its steps, so κ falls out of it with no further forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +19,19 @@ from torch.nn import functional as F
 from rb_noisy.convolutions import input_gradients_only
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.forward import (
+    ask,
+    checked_classes,
+    checked_labels,
+    finite,
+    in_mode,
+    is_right,
+    masked,
+    outside_inference,
+    warn_of_masked,
+    warn_of_spoiled,
+)
+from rb_noisy.radius import radius, step_size
 
 Norm = Literal["Linf", "L2"]
 Definition = Literal["first", "count"]
@@ -65,6 +77,10 @@ class AttackResult:
             because f(x⁽ⁿ⁾) costs one more forward pass.
         final_correct: (N,) bool, whether x⁽ⁿ⁾ is classified as y; None unless asked for.
         start_prediction: (N,) int64, the predicted class of x⁽⁰⁾; None for an attack without steps.
+        masked: (N,) bool, whether the gradient at x⁽⁰⁾ is zero or not finite, so that it leads nowhere; None for an
+            attack without steps.
+        spoiled: (N,) bool, whether the logits of an iterate are not finite, which counts as misclassified.
+        natural: (N, K), the logits of x in eval mode; None unless `check`.
     """
 
     x_adv: Tensor
@@ -72,15 +88,19 @@ class AttackResult:
     broken: Tensor | None = None
     final_correct: Tensor | None = None
     start_prediction: Tensor | None = None
+    masked: Tensor | None = None
+    spoiled: Tensor | None = None
+    natural: Tensor | None = None
 
 
+@outside_inference
 def pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
-    alpha: float,
+    eps: float | str,
+    alpha: float | str,
     steps: int,
     norm: Norm = "Linf",
     loss: str | AttackLoss = "ce",
@@ -93,15 +113,16 @@ def pgd(
     start_radius: float | None = None,
     project: bool = True,
     kappa_labels: Tensor | None = None,
-    check_images: bool = True,
+    check: bool = True,
 ) -> AttackResult:
-    """PGD-n, with κ at no further forward pass.
+    """PGD-n, with κ at no forward pass of its own.
 
     Args:
-        model: takes images in [0, 1] (N, C, H, W), returns logits (N, K). Its parameters get no gradient.
+        model: takes images in [0, 1] (N, C, H, W), returns logits (N, K), as `rb_noisy.forward` says. Its parameters
+            get no gradient.
         x: natural images (N, C, H, W) in [0, 1].
         y: labels (N,) int64: what the attack moves away from and what κ is measured against.
-        eps: radius of the ball, in units of the image range [0, 1].
+        eps: radius of the ball, in units of the image range [0, 1]; also as text, "8/255".
         alpha: step size, same unit.
         steps: n; 0 returns the start point. FGSM is `steps=1, alpha=eps, random_start=False`.
         norm: "Linf" or "L2".
@@ -116,37 +137,61 @@ def pgd(
         project: False leaves out the projection onto the ε-ball, not the cut to [0, 1] (N-FGSM).
         kappa_labels: labels (N,) int64 that κ, `broken` and `final_correct` are measured against instead of y; y
             stays what the attack moves away from.
-        check_images: look whether x is in [0, 1]; on a GPU that waits for all work that is queued there.
+        check: see that images, labels and the network's answers are such as `rb_noisy.forward` says, and warn of what
+            speaks against the figures. It takes a forward pass, and on a GPU waits for all work that is queued there;
+            False is for callers that have looked before.
 
     Raises:
-        InputError: a setting out of range, images outside [0, 1] or not 4-dimensional, labels of another length.
+        InputError: a setting out of range; images, labels or answers of another kind.
     """
-    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition, images=check_images)
-    judged = y if kappa_labels is None else kappa_labels
-    if judged.shape != y.shape:
-        raise InputError(f"{tuple(judged.shape)} kappa_labels for {len(x)} images; give one integer label per image")
+    eps, alpha = check_attack(eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    judged, natural_logits = y if kappa_labels is None else kappa_labels, None
+    if check:
+        asked = ask(model, x, y, mode=mode)
+        model, x, y, natural_logits = asked.model, asked.x, asked.y, asked.logits
+        if kappa_labels is None:
+            judged = y
+        elif len(checked_labels(kappa_labels, x, "kappa_labels")):
+            checked_classes(kappa_labels, asked.logits.shape[1], "kappa_labels")
     if start_radius is not None and not (0 <= start_radius < math.inf and norm == "Linf" and random_start is True):
         raise InputError(
             f"start_radius is {start_radius} with norm {norm!r} and random_start={random_start!r}; give a number of at "
             "least 0 for a uniform Linf start, or leave it out"
         )
     attack_loss = _attack_loss(loss)
-    radius = eps if start_radius is None else start_radius
-    start = start_of(x, radius, norm, random_start, generator_of(seed, generator))
+    start = start_of(
+        x, eps if start_radius is None else start_radius, norm, random_start, generator_of(seed, generator)
+    )
     with in_mode(model, mode):
         natural = logits_of(model, x) if loss == "kl" or callable(loss) else x.new_empty(0)
-        x_adv, predictions = start, []
-        for _ in range(steps):
-            x_adv, logits = pgd_step(model, x_adv, x, y, natural, attack_loss, eps, alpha, norm, project)
+        x_adv, predictions, correct, hidden = start, [], [], None
+        spoiled = torch.zeros_like(judged, dtype=torch.bool)
+        for step in range(steps):
+            gradient, logits = gradient_of(model, x_adv, y, natural, attack_loss)
+            if step == 0:
+                hidden = masked(gradient)
+            x_adv = moved(x_adv, x, gradient, eps, alpha, norm, project)
             predictions.append(logits.argmax(1))
-        correct = [prediction == judged for prediction in predictions]
-        kappa_values = kappa_of(correct, y, definition)
-        at_start = predictions[0] if predictions else None
-        if not evaluate_final:
-            return AttackResult(x_adv, kappa_values, start_prediction=at_start)
-        final_correct = logits_of(model, x_adv).argmax(1) == judged
-    survived = torch.stack([*correct, final_correct]).all(0)
-    return AttackResult(x_adv, kappa_values, ~survived, final_correct, at_start)
+            spoiled |= ~finite(logits)
+            correct.append(is_right(logits, judged))
+        final_correct = None
+        if evaluate_final:
+            logits = logits_of(model, x_adv)
+            spoiled |= ~finite(logits)
+            final_correct = is_right(logits, judged)
+    if check:
+        warn_of_masked(spoiled[:0] if hidden is None else hidden)
+        warn_of_spoiled(int(spoiled.sum()))
+    return AttackResult(
+        x_adv,
+        kappa_of(correct, y, definition),
+        None if final_correct is None else ~torch.stack([*correct, final_correct]).all(0),
+        final_correct,
+        predictions[0] if predictions else None,
+        hidden,
+        spoiled,
+        natural_logits,
+    )
 
 
 def kappa_of(correct: list[Tensor], y: Tensor, definition: Definition) -> Tensor:
@@ -154,23 +199,6 @@ def kappa_of(correct: list[Tensor], y: Tensor, definition: Definition) -> Tensor
         return torch.zeros_like(y)
     right = torch.stack(correct).long()  # (n, N)
     return right.sum(0) if definition == "count" else right.cumprod(0).sum(0)
-
-
-def pgd_step(
-    model: nn.Module,
-    x_adv: Tensor,
-    x: Tensor,
-    y: Tensor,
-    natural: Tensor,
-    attack_loss: AttackLoss,
-    eps: float,
-    alpha: float,
-    norm: Norm,
-    project: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """One iterate on, and the logits (N, K) of the iterate that was left."""
-    gradient, logits = gradient_of(model, x_adv, y, natural, attack_loss)
-    return moved(x_adv, x, gradient, eps, alpha, norm, project), logits
 
 
 def gradient_of(
@@ -181,16 +209,22 @@ def gradient_of(
     with torch.enable_grad():
         logits = model(x)
         # Only the input's gradient: autograd then skips the weight gradients altogether.
-        with input_gradients_only():
-            (gradient,) = torch.autograd.grad(attack_loss(logits, natural, y), x)
-    return gradient, logits.detach()
+        raised, gradient = attack_loss(logits, natural, y), None
+        if raised.requires_grad:
+            with input_gradients_only():
+                (gradient,) = torch.autograd.grad(raised, x, allow_unused=True)
+    # A network that lets none through is `masked`, and no error.
+    return torch.zeros_like(x) if gradient is None else gradient, logits.detach()
 
 
 def moved(
     x_adv: Tensor, x: Tensor, gradient: Tensor, eps: float, alpha: float, norm: str, project: bool = True
 ) -> Tensor:
-    """x_adv a step of α along the gradient, back in the ε-ball around x (if `project`) and in [0, 1]."""
-    x_adv = x_adv.detach()
+    """x_adv a step of α along the gradient, back in the ε-ball around x (if `project`) and in [0, 1].
+
+    A gradient that is no number says nothing: the image stays where it is, instead of becoming no number too.
+    """
+    x_adv, gradient = x_adv.detach(), gradient.nan_to_num()
     if norm == "Linf":
         further = x_adv + alpha * gradient.sign()
         if project:
@@ -238,21 +272,6 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-@contextmanager
-def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Put the whole model in `mode`, then every module back into its own (frozen BatchNorms stay frozen)."""
-    if mode not in ("eval", "train", "keep"):
-        raise InputError(f"attack mode is {mode!r}; give 'eval', 'train' or 'keep'")
-    before = [(module, module.training) for module in model.modules()]
-    if mode != "keep":
-        model.train(mode == "train")
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
 def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if seed is not None and generator is not None:
         raise InputError("both seed and generator are given; give one of them")
@@ -268,34 +287,18 @@ def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
 
 
 def check_attack(
-    x: Tensor,
-    y: Tensor | None,
-    *,
-    eps: float,
-    alpha: float,
-    steps: int,
-    norm: str,
-    definition: str,
-    images: bool = True,
-) -> None:
+    *, eps: float | str, alpha: float | str, steps: int, norm: str, definition: str = "first"
+) -> tuple[float, float]:
+    """ε and α as numbers.
+
+    Raises:
+        InputError: a setting of an attack out of range.
+    """
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     if definition not in DEFINITIONS:
         raise unknown_name("definition of κ", definition, DEFINITIONS)
-    for name, value in (("eps", eps), ("alpha", alpha)):
-        if not 0 <= value < float("inf"):
-            raise InputError(f"{name} is {value}; give a number of at least 0, in units of the image range [0, 1]")
     if not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps is {steps}; give a whole number of at least 0")
-    if x.dim() != 4:
-        raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")
-    if y is not None and y.shape != x.shape[:1]:
-        raise InputError(f"{tuple(y.shape)} labels for {len(x)} images; give one integer label per image")
-    if y is not None and y.dtype != torch.int64:
-        raise InputError(f"the labels are {y.dtype}; give torch.int64")
-    if images and len(x):
-        if y is not None and y.min() < 0:
-            raise InputError(f"the labels begin at {int(y.min())}; give classes from 0 on")
-        low, high = x.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise InputError(f"the images span [{low:.4g}, {high:.4g}]; scale them to [0, 1], without NaN")
+    eps = radius(eps, "eps", norm)
+    return eps, step_size(alpha, eps, "alpha", norm)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -26,8 +26,23 @@ from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.fewer_passes import spare_passes
 from rb_noisy.files import tensors_digest
+from rb_noisy.forward import (
+    checked_classes,
+    checked_images,
+    checked_labels,
+    depends_on_batch,
+    finite,
+    in_training,
+    is_right,
+    natural_logits,
+    outside_inference,
+    spoiled_doubt,
+    usable,
+)
 from rb_noisy.processes import Processes, own_file
+from rb_noisy.radius import radius
 
+NORMS = ("Linf", "L2", "L1")
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version's attacks, in its order."""
 
@@ -88,12 +103,13 @@ class _Task:
     report: Callable[[str, int, int], None]
 
 
+@outside_inference
 def run_autoattack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: str = "Linf",
     seed: int = 0,
     batch_size: int = 250,
@@ -109,9 +125,10 @@ def run_autoattack(
     """The standard AutoAttack on `x` (N, C, H, W) in [0, 1] with labels `y` (N,).
 
     `model` is in eval mode on `device` and returns logits (N, K); it is left as it is, and so is torch's random state.
-    `eps` is in pixel units of [0, 1] for `norm` "Linf", else the L2 or L1 length. A choice of `attacks` runs these
-    alone, in the order given, with the standard version's parameters. APGD-T and FAB-T aim at 9 classes (APGD-T at 5
-    for L1), or at the K-1 there are; the warning about that is the reference's, whose own driver then fails.
+    `eps` is in pixel units of [0, 1] for `norm` "Linf" (also as text, "8/255"), else the L2 or L1 length. A choice of
+    `attacks` runs these alone, in the order given, with the standard version's parameters. APGD-T and FAB-T aim at 9
+    classes (APGD-T at 5 for L1), or at the K-1 there are; the warning about that is the reference's, whose own driver
+    then fails.
 
     With `state_path` (an .npz file) every finished batch is saved there, and a call with the same model, data and
     settings goes on from it, after an interruption of any kind, to the result of an uninterrupted run. The file stays
@@ -129,11 +146,14 @@ def run_autoattack(
     Several `processes`, each of which makes this same call, share the batches; all return the whole result. Each has
     a state file of its own beside `state_path` and reads those of all, so that another number of them may go on.
 
-    Raises `InputError` for unusable arguments (`seed=None` too), for fewer than 4 classes with "apgd-t" (its loss looks
+    Raises `InputError` for unusable arguments (`seed=None` too), for images, labels or answers of another kind than
+    `rb_noisy.forward` says, for fewer than 4 classes with "apgd-t" (its loss looks
     at the four largest logits), and for a state file that is damaged or of another run.
     """
     report, processes = progress or (lambda stage, done, total: None), processes or Processes()
-    x, y = x.detach().cpu(), y.detach().cpu()
+    eps = radius(eps, "eps", norm, above_zero=True) if norm in NORMS else eps
+    x = checked_images(x, getattr(model, "image_shape", None)).cpu()
+    y = checked_labels(y.cpu() if isinstance(y, Tensor) else y, x)
     task = _Task(
         model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
     )
@@ -141,6 +161,9 @@ def run_autoattack(
     settings = _settings(task, return_adversarials, half=fast is not None and fast.half)
     log = Warnings()
     state = None if state_path is None else load(state_path, settings, x, log)
+    if state is None or state.attack < len(task.attacks):  # what is finished asks no network
+        model = usable(model, x, "keep")
+        task = replace(task, model=model)
     if state is None:
         broken_by = torch.where(_clean(task), SURVIVED, WRONG).to(torch.int8)
         state = State(broken_by, x.clone() if return_adversarials else None)
@@ -157,10 +180,12 @@ def run_autoattack(
             adversary = _build_attacks(task, log)
             dynamic = _check_defence(task, adversary, log)
             random = any("andomized" in message for message in log.messages.values())
+            networks = [model]
             if not (reference or dynamic or random or _looks_at_the_batch(task, log)):
-                spare_passes(adversary, fast_form(model) if fast is None else fast)
+                networks.append(fast_form(model) if fast is None else fast)
+                spare_passes(adversary, networks[1])
             with torch.no_grad(), _frozen([] if dynamic else list(model.parameters())):
-                _attack(task, adversary, state, keep)
+                _attack(task, adversary, networks, state, keep, log)
         _check_square(task, state, log)
         keep()
     if state_path is not None and processes.count > 1:
@@ -171,19 +196,13 @@ def run_autoattack(
 
 
 def _check_arguments(task: _Task) -> None:
-    x, y, attacks = task.x, task.y, task.attacks
-    if task.model.training:
+    x, attacks = task.x, task.attacks
+    if in_training(task.model):
         raise InputError("the model is in training mode, which attacks would measure and change; call model.eval()")
-    if x.ndim != 4 or x.dtype != torch.float32 or not len(x):
+    if x.dtype != torch.float32 or not len(x):
         raise InputError(f"x is {x.dtype} of shape {tuple(x.shape)}; give float32 images (N, C, H, W), N at least 1")
-    if not (x.min() >= 0 and x.max() <= 1):  # also true of NaN
-        raise InputError(f"x has values from {x.min():.4g} to {x.max():.4g}; give images in [0, 1]")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise InputError(f"y is {y.dtype} of shape {tuple(y.shape)}; give int64 labels ({len(x)},), one per image")
-    if task.norm not in ("Linf", "L2", "L1"):
-        raise unknown_name("norm", task.norm, ("Linf", "L2", "L1"))
-    if not 0 < task.eps < float("inf"):
-        raise InputError(f"eps must be above 0 and finite, not {task.eps}")
+    if task.norm not in NORMS:
+        raise unknown_name("norm", task.norm, NORMS)
     if not isinstance(task.seed, (int, np.integer)):
         raise InputError(f"seed must be an integer, not {task.seed!r}: runs seeded by the clock cannot be resumed")
     if task.batch_size < 1:
@@ -204,13 +223,15 @@ def _clean(task: _Task) -> Tensor:
     task.report("clean", 0, total)
     correct = []
     for x, y in zip(task.x.split(task.batch_size), task.y.split(task.batch_size), strict=True):
-        correct.append(task.model(x.to(task.device)).max(1)[1].cpu() == y)
+        correct.append(natural_logits(task.model, x.to(task.device)).argmax(1).cpu() == y)
         task.report("clean", min(len(correct) * task.batch_size, total), total)
     return torch.cat(correct)
 
 
-def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None]) -> None:
-    """Carry `state` on to the end of all attacks, as the reference's loop does."""
+def _attack(
+    task: _Task, adversary: Any, networks: list[nn.Module], state: State, keep: Callable[[], None], log: Warnings
+) -> None:
+    """Carry `state` on to the end of all attacks, as the reference's loop does; `networks` are what they ask."""
     processes = task.processes
     while state.attack < len(task.attacks):
         attack = task.attacks[state.attack]
@@ -233,8 +254,15 @@ def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None])
         for number in own:
             index = batches[number]
             y = task.y[index].to(task.device)
-            x_adv = _perturb(adversary, attack, task.x[index].contiguous().to(task.device), y)
-            broken = (task.model(x_adv).max(1)[1] != y).cpu()
+            x = task.x[index].contiguous().to(task.device)
+            with _not_finite(task, networks, x) as found:
+                x_adv = _perturb(adversary, attack, x, y)
+                broken = ~is_right(task.model(x_adv), y)
+            x_adv = torch.where(broken.view(-1, 1, 1, 1), x_adv, found)
+            spoiled = (found != x).flatten(1).any(1)
+            broken = (broken | spoiled).cpu()
+            if spoiled.any():
+                log.warning(spoiled_doubt(int(spoiled.sum())))
             state.broken_by[index[broken]] = code
             if state.x_adv is not None:
                 state.x_adv[index[broken]] = x_adv.cpu()[broken]
@@ -244,6 +272,27 @@ def _attack(task: _Task, adversary: Any, state: State, keep: Callable[[], None])
         state.share(processes, task.x)
         state.attack, state.batches = state.attack + 1, set()
         keep()
+
+
+@contextmanager
+def _not_finite(task: _Task, networks: list[nn.Module], x: Tensor) -> Iterator[Tensor]:
+    """Like x (N, C, H, W), but for each image where one is met within the block whose logits are not finite, that one.
+
+    The attacks take such logits for class 0, and so for right where the label is 0.
+    """
+    found, order = x.clone(), {"Linf": torch.inf, "L2": 2, "L1": 1}[task.norm]
+
+    def look(network: nn.Module, given: tuple[Tensor, ...], logits: Tensor) -> None:
+        for point in given[0].detach()[~finite(logits.detach())]:
+            distance = torch.linalg.vector_norm((x - point).flatten(1), order, dim=1)
+            found[distance <= task.eps * 1.0001 + 1e-6] = point
+
+    hooks = [network.register_forward_hook(look) for network in networks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _perturb(adversary: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
@@ -309,10 +358,7 @@ def _check_defence(task: _Task, adversary: Any, log: Warnings) -> bool:
     classes = checks.check_range_output(model, x, logger=log)
     if classes < 4 and "apgd-t" in attacks:
         raise InputError(f"APGD-T's loss needs 4 classes and the model has {classes}; leave 'apgd-t' out of attacks")
-    if classes < 2:
-        raise InputError(f"AutoAttack needs 2 classes and the model gives {classes} logit; give one logit per class")
-    if task.y.min() < 0 or task.y.max() >= classes:
-        raise InputError(f"y has labels {task.y.min()} to {task.y.max()}; the model knows 0 to {classes - 1}")
+    checked_classes(task.y, classes)
     # The check sets its own tracer, leaves none behind, and never resets its counters.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     tracer = sys.gettrace()
@@ -328,14 +374,10 @@ def _check_defence(task: _Task, adversary: Any, log: Warnings) -> bool:
 
 def _looks_at_the_batch(task: _Task, log: Warnings) -> bool:
     """Whether an image's logits depend on the other images: what is broken may then not leave the batch."""
-    x = task.x[: task.batch_size].to(task.device)
-    with torch.no_grad():
-        together, alone = task.model(x)[:1], task.model(x[:1])
-    scale = max(1.0, together.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    apart = not torch.allclose(together / scale, alone / scale, rtol=0, atol=1e-3, equal_nan=True)
+    apart = depends_on_batch(task.model, task.x[: task.batch_size].to(task.device))
     if apart:
         log.warning("the logits of an image depend on the other images of its batch, and so do the verdicts")
-    return apart or any(module.training for module in task.model.modules())
+    return apart or any(getattr(module, "training", False) for module in task.model.modules())
 
 
 def _devices(device: torch.device) -> list[torch.device]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import NORMS
+from rb_noisy.attacks import NORMS, check_attack
 from rb_noisy.calibrators import (
     SOFTMAX,
     TARGETED,
@@ -27,7 +27,17 @@ from rb_noisy.calibrators import (
 )
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import tensors_digest, write_json
-from rb_noisy.geometry import device_of, resistance, stands
+from rb_noisy.forward import (
+    ask,
+    checked_classes,
+    checked_labels,
+    in_training,
+    outside_inference,
+    warn_of_masked,
+    warn_of_spoiled,
+)
+from rb_noisy.geometry import resistance, stands
+from rb_noisy.radius import radius, step_size
 
 TARGETS = ("right", "robust", "stays")
 # Where the curve of Brier score against passes bends, on digits and CIFAR-10 (README, Is it right and does it stay so).
@@ -89,6 +99,7 @@ class Calibrated:
             steps=self.calibrator.kappa_steps,
             batch_size=self.batch_size,
             progress=progress,
+            warn=False,  # `calibrate` has
         )
         return Confidence(observed.logits.argmax(1), self.calibrator(observed), observed.kappa)
 
@@ -120,19 +131,20 @@ class Calibrated:
         return calibrated
 
 
+@outside_inference
 def calibrate(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None = None,
     *,
-    eps: float,
+    eps: float | str,
     norm: str = "Linf",
     target: str = "right",
     verdicts: Any = None,
     features: Sequence[str] = DEFAULT_FEATURES,
     method: str = "auto",
     kappa_steps: int = DEFAULT_STEPS,
-    alpha: float | None = None,
+    alpha: float | str | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: Callable[[int], None] | None = None,
@@ -170,22 +182,22 @@ def calibrate(
         raise unknown_name("calibration target", target, TARGETS)
     if verdicts is not None and target != "robust":
         raise InputError("verdicts say what stays right under attack; give them with target='robust'")
-    if not 0 < eps < math.inf:
-        raise InputError(f"eps is {eps}; give a number above 0, in units of the image range [0, 1]")
+    eps = radius(eps, "eps", norm, above_zero=True)
     if kappa_steps < 1 or batch_size < 1:
         raise InputError(f"kappa_steps and batch_size must be at least 1, got {kappa_steps} and {batch_size}")
     if y is None and target != "stays":
         raise InputError(f"target {target!r} needs labels; give y, or take target='stays'")
-    alpha = 2.5 * eps / kappa_steps if alpha is None else alpha
+    alpha = 2.5 * eps / kappa_steps if alpha is None else step_size(alpha, eps, "alpha", norm)
     if y is not None:
         y = torch.as_tensor(y).cpu()
-        if y.shape != x.shape[:1] or y.is_floating_point():
-            raise InputError(f"{tuple(y.shape)} labels for {len(x)} images; give one integer label per image")
+        y = checked_labels(y if y.is_floating_point() else y.long(), x)
     if not len(x):
         raise InputError("there are no calibration images; give 200 or more")
 
     attack = {"eps": eps, "norm": norm, "alpha": alpha, "steps": kappa_steps}
     observed = observe(model, x, features=features, batch_size=batch_size, progress=progress, **attack)
+    if y is not None:
+        checked_classes(y, observed.logits.shape[1])
     label = observed.logits.argmax(1)
     outcome, source = (label == y if y is not None else torch.ones_like(label, dtype=torch.bool)), "labels"
     if target == "robust" and verdicts is not None:
@@ -217,8 +229,16 @@ def calibrate(
 WITHSTANDS = "PGD-20 and targeted PGD-20, any iterate"
 
 
+@outside_inference
 def withstands(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "Linf", seed: int = 0, batch_size: int = 256
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "Linf",
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> Tensor:
     """Whether x (N, C, H, W) stays y (N,) under PGD-20 on the cross entropy and, of what is left, under PGD-20 on the
     margin of each of the nine likeliest other classes: α = ε/4, a random start each, any iterate counts.
@@ -226,14 +246,15 @@ def withstands(
     Returns:
         (N,) bool on the device of x. A few hundred passes for what stands, a few for what does not.
     """
-    ball = {"eps": eps, "alpha": eps / 4, "steps": 20, "norm": norm, "batch_size": batch_size}
+    eps = radius(eps, "eps", norm)
+    asked = ask(model, x, y, batch_size=batch_size)
+    model, x, y = asked.model, asked.x, asked.y
+    ball = {"eps": eps, "alpha": eps / 4, "steps": 20, "norm": norm, "batch_size": batch_size, "check": False}
     left = stands(model, x, y, seed=seed, **ball)
     rows = left.nonzero().flatten()
     if not len(rows):
         return left
-    order = (
-        _logits(model, x[rows], batch_size).scatter(1, y[rows].cpu()[:, None], -torch.inf).argsort(1, descending=True)
-    )
+    order = asked.logits[rows].cpu().scatter(1, y[rows].cpu()[:, None], -torch.inf).argsort(1, descending=True)
     for rank in range(min(9, order.shape[1] - 1)):
         rows = left.nonzero().flatten()
         target = order[:, rank].to(y.device)
@@ -243,44 +264,49 @@ def withstands(
 
 
 def _check_mode(model: nn.Module) -> None:
-    if model.training:
+    if in_training(model):
         raise InputError("the model is in training mode, whose predictions depend on the batch; call model.eval()")
 
 
+@outside_inference
 def observe(
     model: nn.Module,
     x: Tensor,
     *,
     features: Sequence[str],
-    eps: float,
+    eps: float | str,
     norm: str,
-    alpha: float,
+    alpha: float | str,
     steps: int,
     batch_size: int = 256,
     progress: Callable[[int], None] | None = None,
+    warn: bool = True,
 ) -> Observed:
-    """What `features` need, on the CPU: logits (N, K), κ against the predicted label, and the rest where asked for."""
+    """What `features` need, on the CPU: logits (N, K), κ against the predicted label, and the rest where asked for.
+
+    Without `warn` nothing is said of what speaks against them, which takes four passes of the first few images.
+    """
     _check_mode(model)
-    logits = _logits(model, x, batch_size)
-    label = logits.argmax(1).to(x.device)
-    attack = {"norm": norm, "steps": steps, "random_start": False, "batch_size": batch_size}
+    eps, alpha = check_attack(eps=eps, alpha=alpha, steps=steps, norm=norm)
+    asked = ask(model, x, batch_size=batch_size, warn=warn)
+    model, x, logits = asked.model, asked.x, asked.logits.cpu()
+    label = asked.logits.argmax(1)
+    attack = {"norm": norm, "steps": steps, "random_start": False, "batch_size": batch_size, "check": False}
     near = resistance(model, x, label, eps=eps, alpha=alpha, progress=progress, **attack)
+    if warn:
+        warn_of_masked(near.masked)
+        warn_of_spoiled(int(near.spoiled.sum()))
     found = Observed(logits, near.kappa.cpu(), near.margin.cpu())
     if set(TARGETED) & set(features):
         target = logits.topk(2, dim=1).indices[:, 1].to(x.device)
         met = resistance(model, x, label, eps=eps, alpha=alpha, target=target, **attack)
         found = replace(found, kappa_targeted=met.kappa.cpu(), attack_margin_targeted=met.margin.cpu())
     if set(WIDE) & set(features):
-        met = resistance(model, x, label, eps=2 * eps, alpha=2 * alpha, **attack)
+        # A ball of the whole image range is as large as any.
+        wide = 2 * eps if norm != "Linf" else min(2 * eps, 1.0)
+        met = resistance(model, x, label, eps=wide, alpha=2 * alpha, **attack)
         found = replace(found, kappa_2eps=met.kappa.cpu(), attack_margin_2eps=met.margin.cpu())
     return found
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """(N, K) on the CPU."""
-    device = device_of(model, x)
-    return torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
 
 
 def _weights(model: nn.Module) -> str:
@@ -299,8 +325,10 @@ def _parsed(content: dict[str, Any], model: nn.Module) -> Calibrated:
     for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    eps, alpha = _number(content["eps"]), _number(content["alpha"])
-    if eps <= 0 or alpha < 0 or content["norm"] not in NORMS or content["target"] not in TARGETS:
+    norm = content["norm"]
+    eps = radius(_number(content["eps"]), "eps", norm, above_zero=True)
+    alpha = step_size(_number(content["alpha"]), eps, "alpha", norm)
+    if content["norm"] not in NORMS or content["target"] not in TARGETS:
         raise ValueError("eps, alpha, norm or target is out of range")
     calibrator = Calibrator(method, features, counts.pop("kappa_steps"), parameters)
     source = str(content["target_source"])

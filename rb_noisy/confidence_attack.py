@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.attacks import ATTACK_LOSSES, gradient_of, in_mode, moved, start_of
+from rb_noisy.attacks import ATTACK_LOSSES, check_attack, gradient_of, moved, start_of
+from rb_noisy.forward import ask, in_mode
 
 
 def believed_attack(
@@ -15,11 +16,11 @@ def believed_attack(
     x: Tensor,
     target: Tensor,
     *,
-    eps: float,
+    eps: float | str,
     norm: str = "Linf",
     steps: int = 50,
     inner_steps: int = 5,
-    inner_eps: float | None = None,
+    inner_eps: float | str | None = None,
     every: int = 10,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
@@ -43,7 +44,9 @@ def believed_attack(
     Yields:
         (N, C, H, W) within ε of x and in [0, 1]; whether they fool anyone is for the caller to see.
     """
-    inner_eps = eps if inner_eps is None else inner_eps
+    eps, inner_eps = check_attack(eps=eps, alpha=eps if inner_eps is None else inner_eps, steps=steps, norm=norm)
+    asked = ask(model, x, target)
+    model, x, target = asked.model, asked.x, asked.y
     loss, nothing = ATTACK_LOSSES["ce"], x.new_empty(0)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     point = start_of(x, eps, norm, True, generator)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rb_noisy.errors import InputError
+from rb_noisy.errors import InputError, NetworkWarning
 
 # Third-party imports warn of each other on every command; users can do nothing about it.
 warnings.filterwarnings("ignore", message=".*torch.jit.(interface|script).*", category=FutureWarning)
@@ -34,7 +35,8 @@ def user_errors() -> Iterator[None]:
     from rb_noisy.training import TrainingDiverged
 
     try:
-        yield
+        with _network_warnings():
+            yield
     except InputError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from error
@@ -47,6 +49,26 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         errors.print("interrupted; what was finished is kept", soft_wrap=True)
         raise typer.Exit(130) from error
+
+
+@contextmanager
+def _network_warnings() -> Iterator[None]:
+    """What speaks against a network's figures is a line on stderr, each kind of it once; other warnings are as ever."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if not issubclass(category, NetworkWarning):
+                return plain(message, category, *where)
+            kind = re.sub(r"\d+", "#", str(message))
+            if kind not in said:
+                said.add(kind)
+                errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+
+        warnings.simplefilter("always", NetworkWarning)
+        warnings.showwarning = show
+        yield
 
 
 def progress_bar() -> Progress:

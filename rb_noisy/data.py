@@ -112,6 +112,11 @@ def local_path(place: str, root: str | os.PathLike | None = None) -> Path:
     return shared if shared.exists() and not path.exists() else path
 
 
+# (C, H, W) of the images of the data sets that always have the same.
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28)}
+SHAPES |= dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse"), (3, 32, 32))
+
+
 def load_data(name: str, root: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
     """Load a data set by name, whole, into memory.
 

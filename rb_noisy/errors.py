@@ -1,4 +1,4 @@
-"""The one exception type that means *the input was bad*, so that commands can tell it from a bug."""
+"""The one exception type that means *the input was bad*, so that commands can tell it from a bug, and one warning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ Made = TypeVar("Made")
 
 class InputError(ValueError):
     """Something the caller gave cannot be used. The message names the thing, the value and the way out."""
+
+
+class NetworkWarning(UserWarning):
+    """Something a network does that speaks against trusting what is measured of it."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

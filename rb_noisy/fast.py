@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rb_noisy.attacks import in_mode
+from rb_noisy.forward import in_mode, in_training
 
 # Compiled for batches of any multiple of this: one graph, where other sizes would be compiled anew.
 _MULTIPLE = 16
@@ -79,8 +79,10 @@ class FastForm(nn.Module):
         if self.graph is not None:
             form, self.folded = self.graph, _fold(self.graph)
             _rectify_in_place(form)
-        for parameter in form.parameters():
-            parameter.requires_grad_(False)
+        try:
+            form.requires_grad_(False)
+        except RuntimeError:  # the copy of a TorchScript network shares its weights with the first
+            return self._take_none()
         for module in form.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=layout)
@@ -119,7 +121,7 @@ class FastForm(nn.Module):
         self.update(self.model)  # which may have changed since
         few = x[:_FEW]
         # Where the whole is in eval mode, a part that is not is meant so.
-        mode = "eval" if self.model.training else "keep"
+        mode = "eval" if in_training(self.model) else "keep"
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), in_mode(self.model, mode):
             wanted = _answers(self.model, few)
             for other in (None, *_OTHERS):

@@ -18,23 +18,37 @@ from rb_noisy.attacks import (
     Norm,
     check_attack,
     generator_of,
-    in_mode,
+    gradient_of,
     kappa_of,
     logits_of,
     margin_of,
-    pgd_step,
+    moved,
     start_of,
 )
 from rb_noisy.errors import InputError
+from rb_noisy.forward import (
+    ask,
+    checked_classes,
+    checked_labels,
+    device_of,
+    finite,
+    in_mode,
+    is_right,
+    masked,
+    outside_inference,
+    warn_of_masked,
+    warn_of_spoiled,
+)
 
 
+@outside_inference
 def kappa(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None = None,
     *,
-    eps: float,
-    alpha: float,
+    eps: float | str,
+    alpha: float | str,
     steps: int,
     norm: Norm = "Linf",
     random_start: bool = True,
@@ -42,6 +56,7 @@ def kappa(
     batch_size: int = 256,
     seed: int | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> Tensor:
     """The geometry value κ of every sample ([NL] §5; Zhang et al. 2021b).
 
@@ -55,19 +70,20 @@ def kappa(
         batch_size: samples attacked at a time; the random start does not depend on it.
         progress: called with the number of samples finished since the last call.
 
-    Other arguments and errors as in `pgd`. The attack runs in eval mode on the cross entropy. An image's logits must
-    not depend on the others of its batch, which change as samples leave.
+    Other arguments, errors and warnings as in `pgd`. The attack runs in eval mode on the cross entropy. An image's
+    logits must not depend on the others of its batch, which change as samples leave.
 
     Returns:
         (N,) int64 on the device of x.
     """
-    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    eps, alpha = check_attack(eps=eps, alpha=alpha, steps=steps, norm=norm, definition=definition)
+    if check or y is None:
+        asked = ask(model, x, y, batch_size=_positive(batch_size))
+        model, x, y = asked.model, asked.x, asked.logits.argmax(1) if y is None else asked.y
     attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
     with in_mode(model, "eval"):
-        labels = _predictions(model, x, batch_size) if y is None else y
-        if definition == "count":
-            return _count_right(attack, x, labels, progress)
-        return _resistance(attack, x, labels, progress).kappa
+        met = (_count_right if definition == "count" else _resistance)(attack, x, y, progress)
+    return (_told(met) if check else met).kappa
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +93,33 @@ class Resistance:
     Attributes:
         kappa: (N,) int64 in 0..n, as `rb_noisy.kappa` returns it; small = easily attacked.
         margin: (N,) the least z_y − max z_j (j ≠ y, logits) among the iterates x⁽⁰⁾ … x⁽ⁿ⁻¹⁾ up to the first that is
-            misclassified; at most 0 where there is one, else how far the attack was from one. inf for no steps.
+            misclassified; at most 0 where there is one, else how far the attack was from one. inf for no steps, −inf
+            where logits are not finite.
+        masked: (N,) bool, whether the gradient at x⁽⁰⁾ is zero or not finite, so that the attack was blind.
+        spoiled: (N,) bool, whether the logits of an iterate were not finite, which counts as misclassified.
     """
 
     kappa: Tensor
     margin: Tensor
+    masked: Tensor
+    spoiled: Tensor
 
 
+def _told(met: Resistance) -> Resistance:
+    """The same, once what speaks against it has been said."""
+    warn_of_masked(met.masked)
+    warn_of_spoiled(int(met.spoiled.sum()))
+    return met
+
+
+@outside_inference
 def resistance(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
-    alpha: float,
+    eps: float | str,
+    alpha: float | str,
     steps: int,
     norm: Norm = "Linf",
     random_start: bool = True,
@@ -98,17 +127,22 @@ def resistance(
     seed: int | None = None,
     target: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> Resistance:
     """κ with the least margin that was met on its way, from the same passes.
 
     With `target` (N,), a class for each sample, the attack raises z_target − z_y (logits) and not the cross entropy; a
-    sample is broken by any wrong class. Other arguments and errors as in `kappa`.
+    sample is broken by any wrong class. `check=False` is for callers that have looked at network, images and labels
+    before (`rb_noisy.forward.ask`), and say themselves what speaks against the figures. Other arguments and errors as
+    in `kappa`.
     """
-    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition="first")
-    _check_target(target, y)
+    eps, alpha = check_attack(eps=eps, alpha=alpha, steps=steps, norm=norm)
+    if check:
+        model, x, y, target = _asked(model, x, y, target, batch_size)
     attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
     with in_mode(model, "eval"):
-        return _resistance(attack, x, y, progress, target)
+        met = _resistance(attack, x, y, progress, target)
+    return _told(met) if check else met
 
 
 def _resistance(
@@ -119,23 +153,30 @@ def _resistance(
     target: Tensor | None = None,
 ) -> Resistance:
     if attack.steps == 0:
-        return Resistance(torch.zeros_like(y), torch.full(y.shape, torch.inf, device=y.device))
+        none = torch.zeros_like(y, dtype=torch.bool)
+        return Resistance(torch.zeros_like(y), torch.full(y.shape, torch.inf, device=y.device), none, none)
     # x⁽ⁿ⁻¹⁾ is the last that counts, and no step is taken from it.
     return _first_wrong(replace(attack, steps=attack.steps - 1), x, y, progress, target)
 
 
-def _check_target(target: Tensor | None, y: Tensor) -> None:
-    if target is not None and target.shape != y.shape:
-        raise InputError(f"{tuple(target.shape)} target classes for {len(y)} images; give one for each")
+def _asked(
+    model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, batch_size: int
+) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
+    asked = ask(model, x, y, batch_size=_positive(batch_size))
+    if target is not None:
+        target = checked_labels(target, asked.x, "target classes")
+        checked_classes(target, asked.logits.shape[1], "target classes")
+    return asked.model, asked.x, asked.y, target
 
 
+@outside_inference
 def stands(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
-    alpha: float,
+    eps: float | str,
+    alpha: float | str,
     steps: int,
     norm: Norm = "Linf",
     random_start: bool = True,
@@ -143,6 +184,7 @@ def stands(
     seed: int | None = None,
     target: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Whether a sample stands PGD-n: none of x⁽⁰⁾ … x⁽ⁿ⁾ is misclassified. What `pgd` calls not `broken`, sooner.
 
@@ -151,11 +193,13 @@ def stands(
     Returns:
         (N,) bool on the device of x; the mean is the any-iterate accuracy.
     """
-    check_attack(x, y, eps=eps, alpha=alpha, steps=steps, norm=norm, definition="first")
+    eps, alpha = check_attack(eps=eps, alpha=alpha, steps=steps, norm=norm)
+    if check:
+        model, x, y, target = _asked(model, x, y, target, batch_size)
     attack = _Attack(model, eps, alpha, steps, norm, random_start, generator_of(seed, None), _positive(batch_size))
-    _check_target(target, y)
     with in_mode(model, "eval"):
-        return _first_wrong(attack, x, y, progress, target).kappa > steps
+        met = _first_wrong(attack, x, y, progress, target)
+    return (_told(met) if check else met).kappa > steps
 
 
 @dataclass(frozen=True)
@@ -172,10 +216,14 @@ class _Attack:
     def start(self, x: Tensor) -> Tensor:
         return start_of(x, self.eps, self.norm, self.random_start, self.generator)
 
-    def step(self, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The next iterate, and the logits of this one."""
+    def gradient(self, x_adv: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of the loss at this iterate, and its logits."""
         loss = ATTACK_LOSSES["ce"] if target is None else partial(to_target, target)
-        return pgd_step(self.model, x_adv, x, y, x.new_empty(0), loss, self.eps, self.alpha, self.norm)
+        return gradient_of(self.model, x_adv, y, x_adv.new_empty(0), loss)
+
+    def moved(self, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        """The next iterate."""
+        return moved(x_adv, x, gradient, self.eps, self.alpha, self.norm)
 
 
 def to_target(target: Tensor, logits: Tensor, natural: Tensor, y: Tensor) -> Tensor:
@@ -216,6 +264,7 @@ def _first_wrong(
     device = device_of(attack.model, x)
     found = torch.full((len(x),), attack.steps, device=device)
     margin = torch.full((len(x),), torch.inf, device=device)
+    hidden, spoiled = (torch.zeros(len(x), dtype=torch.bool, device=device) for _ in range(2))
 
     def enter(first: int, count: int) -> _Batch:
         rows = slice(first, first + count)
@@ -226,23 +275,27 @@ def _first_wrong(
 
     def judge(batch: _Batch, logits: Tensor) -> Tensor:
         """Which are misclassified."""
-        least = torch.minimum(margin[batch.place], margin_of(logits, batch.y).to(margin.dtype))
-        margin[batch.place] = least
-        return logits.argmax(1) != batch.y
+        usable = finite(logits)
+        now = margin_of(logits, batch.y).to(margin.dtype).where(usable, -torch.inf)
+        margin[batch.place] = torch.minimum(margin[batch.place], now)
+        spoiled[batch.place] |= ~usable
+        return ~is_right(logits, batch.y)
 
     def classify(at_end: _Batch) -> None:
         right = ~judge(at_end, logits_of(attack.model, at_end.x_adv))
         found[at_end.place[right]] = attack.steps + 1
 
     batch = enter(0, attack.batch_size)
-    entered, reported, at_end = len(batch), 0, batch[batch.t > 0]
+    entered, looked_at, reported, at_end = len(batch), 0, 0, batch[batch.t > 0]
     while len(batch):
         if attack.steps:
-            aim = None if target is None else batch.target
-            moved, logits = attack.step(batch.x_adv, batch.x, batch.y, aim)
+            gradient, logits = attack.gradient(batch.x_adv, batch.y, None if target is None else batch.target)
             wrong = judge(batch, logits)
             found[batch.place[wrong]] = batch.t[wrong]
-            batch.t, batch.x_adv = batch.t + 1, moved
+            if entered > looked_at:  # some are at x⁽⁰⁾
+                rows = batch.t == 0
+                hidden[batch.place[rows]], looked_at = masked(gradient[rows]), entered
+            batch.t, batch.x_adv = batch.t + 1, attack.moved(batch.x_adv, batch.x, gradient)
             batch = batch[~wrong]
         finished = batch.t == attack.steps
         at_end = _Batch.cat([at_end, batch[finished]])
@@ -258,35 +311,29 @@ def _first_wrong(
             batch, entered = _Batch.cat([batch, entering]), entered + len(entering)
     if len(at_end):
         classify(at_end)
-    return Resistance(found.to(x.device), margin.to(x.device))
+    return Resistance(*(values.to(x.device) for values in (found, margin, hidden, spoiled)))
 
 
-def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int], None] | None) -> Resistance:
+    """κ by `definition="count"`; the margin is not measured."""
     device = device_of(attack.model, x)
-    values = [torch.zeros(0, dtype=torch.int64, device=x.device)]
+    values = torch.zeros_like(y)
+    hidden, spoiled = (torch.zeros_like(y, dtype=torch.bool) for _ in range(2))
     for at in range(0, len(x), attack.batch_size):
         rows = slice(at, at + attack.batch_size)
         images, labels = x[rows].to(device), y[rows].to(device)
         x_adv, right = attack.start(images), []
-        for _ in range(attack.steps):
-            x_adv, logits = attack.step(x_adv, images, labels)
-            right.append(logits.argmax(1) == labels)
-        values.append(kappa_of(right, labels, "count").to(x.device))
+        for step in range(attack.steps):
+            gradient, logits = attack.gradient(x_adv, labels)
+            if step == 0:
+                hidden[rows] = masked(gradient).to(x.device)
+            spoiled[rows] |= ~finite(logits).to(x.device)
+            x_adv = attack.moved(x_adv, images, gradient)
+            right.append(is_right(logits, labels))
+        values[rows] = kappa_of(right, labels, "count").to(x.device)
         if progress is not None:
             progress(len(images))
-    return torch.cat(values)
-
-
-def _predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    device = device_of(model, x)
-    batches = (x[at : at + batch_size].to(device) for at in range(0, len(x), batch_size))
-    predicted = [logits_of(model, batch).argmax(1).to(x.device) for batch in batches]
-    return torch.cat([torch.zeros(0, dtype=torch.int64, device=x.device), *predicted])
-
-
-def device_of(model: nn.Module, x: Tensor) -> torch.device:
-    """Where the weights are; of a network without any, where x is."""
-    return next((parameter.device for parameter in model.parameters()), x.device)
+    return Resistance(values, torch.full(y.shape, torch.nan, device=y.device), hidden, spoiled)
 
 
 def _positive(batch_size: int) -> int:

@@ -21,6 +21,7 @@ from rb_noisy import measures
 from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
+from rb_noisy.forward import ask
 from rb_noisy.geometry import kappa as measure_kappa
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import PERSISTENT
@@ -285,11 +286,10 @@ def out_of_fold(
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, x, y = run.load("final").to(device), data.x_train[held_out], labels.given[held_out]
-        with torch.no_grad():
-            logits = torch.cat([model(part.to(device)).cpu() for part in x.split(500)])
-        probabilities[held_out] = logits.double().softmax(1)
+        probabilities[held_out] = ask(model, x, y).logits.double().softmax(1)
         attack = {"alpha": recipe.track_alpha, "steps": recipe.track_steps}  # fast training attacks in one step
-        kappa[held_out] = measure_kappa(model, x, y, eps=recipe.eps, norm=recipe.norm, seed=recipe.seed, **attack)
+        attack |= {"eps": recipe.eps, "norm": recipe.norm, "seed": recipe.seed}
+        kappa[held_out] = measure_kappa(model, x, y, check=False, **attack)
     return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe)
 
 

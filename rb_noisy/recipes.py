@@ -14,6 +14,7 @@ from rb_noisy.criteria import CRITERIA, Criterion, make_criterion
 from rb_noisy.errors import InputError, make_named, unknown_name
 from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
+from rb_noisy.radius import parse_radius, radius, step_size
 from rb_noisy.targets import EPOCH_SHARES, TARGETS, TAUGHT, Targets, make_targets
 from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
@@ -236,7 +237,7 @@ class Recipe:
         at_least_zero = {
             name: getattr(self, name)
             for name in (
-                *("eps", "alpha", "steps", "momentum", "weight_decay"),
+                *("steps", "momentum", "weight_decay"),
                 *("validation", "track", "track_steps", "seed", "noise_seed"),
             )
         }
@@ -252,6 +253,9 @@ class Recipe:
         ):
             if getattr(self, name) not in known:
                 raise unknown_name(f"{name} in the recipe", str(getattr(self, name)), known)
+        radius(self.eps, "recipe: eps", self.norm)
+        for name in ("alpha", "track_alpha"):
+            step_size(getattr(self, name), self.eps, f"recipe: {name}", self.norm)
         if not 0 <= self.eps_warmup <= 1:
             raise InputError(f"recipe: eps_warmup is {self.eps_warmup}; give a share of the run, from 0 to 1")
         objective = self.make_objective()
@@ -372,19 +376,6 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
-
-
-def parse_radius(text: str, name: str = "--eps") -> float:
-    """A radius or step size in units of the image range [0, 1], written as in the papers ("8/255") or as a decimal.
-
-    Raises:
-        InputError: it is neither.
-    """
-    numerator, slash, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"{name} is {text!r}; give a number such as 0.2 or 8/255") from None
 
 
 def _epoch_at(share: float, epochs: int) -> int:

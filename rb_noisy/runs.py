@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 from rb_noisy.recipes import Recipe
@@ -49,6 +50,7 @@ class Run:
         recipe: what was asked for.
         model_options: what `rb_noisy.backbones.build_backbone` takes to build the network again.
         class_names: names of the K classes.
+        image_shape: (C, H, W) of the images, None where an older run does not say.
         metrics: one dict per finished epoch.
     """
 
@@ -56,6 +58,7 @@ class Run:
     recipe: Recipe
     model_options: dict[str, Any]
     class_names: tuple[str, ...]
+    image_shape: tuple[int, ...] | None
     metrics: tuple[dict[str, Any], ...]
 
     @classmethod
@@ -73,9 +76,11 @@ class Run:
             values = json.loads(description.read_text(encoding="utf-8"))
             recipe = Recipe.from_dict(values["recipe"])
             model_options, class_names = values["model_options"], tuple(values["class_names"])
+            shape = values.get("image_shape", SHAPES.get(recipe.data))
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{description} is damaged ({error!r}); train again into another folder") from error
-        return cls(path, recipe, model_options, class_names, tuple(read_metrics(path)))
+        shape = None if shape is None else tuple(shape)
+        return cls(path, recipe, model_options, class_names, shape, tuple(read_metrics(path)))
 
     @property
     def finished(self) -> bool:
@@ -119,6 +124,7 @@ class Run:
             raise InputError(f"{self.path} has no {checkpoint} weights yet; continue it with --resume")
         model = build_backbone(**self.model_options)
         load_weights(model, file)
+        model.image_shape = self.image_shape
         return model.eval()
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, in_mode, moved, pgd
+from rb_noisy.attacks import ATTACK_LOSSES, AttackLoss, AttackResult, moved, pgd
 from rb_noisy.convolutions import input_gradients_only
 from rb_noisy.data import augment, from_bytes
 from rb_noisy.device import gather
 from rb_noisy.fast import FastForm
+from rb_noisy.forward import in_mode
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets import Assignment, Batch, Penalty
@@ -177,7 +178,7 @@ class Step:
             generator=batch.draws,
             mode=recipe.attack_mode,
             kappa_labels=batch.y,
-            check_images=False,  # they are the data set's; to look at them is to wait for the device
+            check=False,  # they are the data set's; to look at them is to wait for the device
         )
         batch.x_adv = batch.attack.x_adv
 

@@ -14,6 +14,7 @@ from rb_noisy.analysis import entropy, loss_slopes
 from rb_noisy.attacks import pgd
 from rb_noisy.data import Dataset
 from rb_noisy.errors import InputError
+from rb_noisy.forward import is_right
 from rb_noisy.noise import NoisyLabels
 from rb_noisy.recipes import Recipe
 
@@ -96,9 +97,10 @@ class Tracker:
                         norm=recipe.norm,
                         generator=starts,
                         evaluate_final=True,
+                        check=False,
                     )
                 logits = model.eval()(xb).float()
-                sums[0] += (logits.argmax(1) == yb).sum().item()
+                sums[0] += is_right(logits, yb).sum().item()
                 sums[1] += attack.final_correct.sum().item()
                 sums[2] += F.cross_entropy(logits, yb, reduction="sum").item()
                 sums[3] += attack.kappa.sum().item()

@@ -180,7 +180,7 @@ class _Trainer:
             attacked.to(self.device)
         # Drawn from the seed alone, also where the run is resumed.
         self.tracker.start = {n: p.detach().clone().to(self.device) for n, p in self.model.named_parameters()}
-        self.class_names = data.class_names
+        self.class_names, self.image_shape = data.class_names, tuple(data.x_train.shape[1:])
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=recipe.lr,
@@ -434,6 +434,7 @@ class _Trainer:
         self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
         if fresh and self.accelerator.is_main_process:
             about = {"model_options": self.model_options, "class_names": self.class_names}
+            about["image_shape"] = self.image_shape
             write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
         return Progress() if fresh or not self.checkpoint.file.exists() else self.checkpoint.load()
 

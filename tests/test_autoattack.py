@@ -467,7 +467,7 @@ def test_damaged_state_is_refused_and_kept(tmp_path, damage):
         ({"attacks": ("apgd",)}, "unknown attack 'apgd'; did you mean apgd-"),
         ({"attacks": ()}, "at least one of"),
         ({"attacks": ("square", "square")}, "each attack once"),
-        ({"eps": 0.0}, "eps must be above 0"),
+        ({"eps": 0.0}, "give a number above 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
@@ -482,12 +482,12 @@ def test_unusable_data_are_named():
     model = small_model()
     x, y = small_data(model, n=4)
     for bad_x, bad_y, part in [
-        (x * 255, y, r"in \[0, 1\]"),
-        (x.log().sqrt(), y, r"in \[0, 1\]"),
+        (x * 255, y, r"to \[0, 1\]"),
+        (x.log().sqrt(), y, r"to \[0, 1\]"),
         (x.double(), y, "float32 images"),
         (x[:0], y[:0], "N at least 1"),
-        (x, y[:3], r"int64 labels \(4,\)"),
-        (x, y.float(), "int64 labels"),
+        (x, y[:3], r"\(3,\) labels for 4 images"),
+        (x, y.float(), "torch.int64"),
         (x, y * 0 + 6, "the model knows 0 to 5"),
     ]:
         with pytest.raises(InputError, match=part):

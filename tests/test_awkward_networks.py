@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import rb_noisy.fewer_passes
 from rb_noisy.attacks import pgd
+from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.fewer_passes import _NewQueries
 from rb_noisy.local_forward import LocalForward
@@ -244,10 +245,11 @@ class Vanishing(Net):
         return (10000 * super().forward(x)).softmax(1).log()
 
 
-def test_margins_that_are_not_finite_are_given_up_as_the_reference_does():
+@pytest.mark.parametrize("reference", [False, True])
+def test_logits_that_are_not_finite_are_refused(reference):
     model, x, y = made(Vanishing)
-    options = {"eps": 0.05, "attacks": ("square",)}
-    assert same(run(model, x, y, **options), run(model, x, y, reference=True, **options))
+    with pytest.raises(InputError, match="natural images are not finite"):
+        run(model, x, y, eps=0.05, attacks=("square",), reference=reference)
 
 
 def test_what_known_maps_do_not_answer_the_network_does(monkeypatch):

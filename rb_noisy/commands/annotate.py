@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
-from rb_noisy.errors import InputError
-from rb_noisy.recipes import parse_radius
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-# (C, H, W). Networks with global pooling take images of any size, and label those of a wrong one by chance.
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28)}
-SHAPES |= dict.fromkeys(("cifar10", "cifar100", "cifar100-coarse"), (3, 32, 32))
+from rb_noisy.radius import parse_radius
 
 
 def annotate(
@@ -61,7 +53,6 @@ def annotate(
             network, recipe, class_names = load_model(model, zoo), card["recipe"], card["class_names"]
         x, files = load_images(images)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        _check_fit(network, x, model, recipe["data"])
         radius, confidence = recipe["eps"], "max-softmax, not calibrated"
         calibrated = None if calibration is None else Calibrated.load(calibration, network)
         if calibrated is not None:
@@ -87,18 +78,3 @@ def annotate(
             f"label); a small κ means do not trust the label; the confidence is {confidence}",
             soft_wrap=True,
         )
-
-
-def _check_fit(network: nn.Module, x: Tensor, model: str, data: str) -> None:
-    import torch
-
-    expected, given = SHAPES.get(data), tuple(x.shape[1:])
-    if expected is not None and given != expected:
-        raise InputError(
-            f"the images have (C, H, W) {given} but {model} was trained on {data}, {expected}; convert them"
-        )
-    try:
-        with torch.no_grad():
-            network(x[:2].to(next(network.parameters()).device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"{model} cannot take images of (C, H, W) {given}: {error}") from error

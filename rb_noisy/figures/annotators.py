@@ -96,10 +96,9 @@ def _answers(model: Any, x: torch.Tensor, y: torch.Tensor, recipe: Any, seed: in
     ball = {"eps": recipe.eps, "alpha": recipe.eps / 4, "steps": STEPS, "norm": recipe.norm}
     generator = torch.Generator().manual_seed(seed)
     for xb, yb in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        attacked = pgd(model, xb, yb, generator=generator, **ball).x_adv
-        for name, images in (("natural-right", xb), ("attacked-right", attacked)):
-            with torch.no_grad():
-                right[name].append(model(images).argmax(1) == yb)
+        attack = pgd(model, xb, yb, generator=generator, evaluate_final=True, **ball)
+        right["natural-right"].append(attack.natural.argmax(1) == yb)
+        right["attacked-right"].append(attack.final_correct)
     return {name: torch.cat(parts).numpy() for name, parts in right.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import in_mode, logits_of
+from rb_noisy.attacks import logits_of
 from rb_noisy.figures.base import (
     CORRECT,
     INCORRECT,
@@ -27,6 +27,7 @@ from rb_noisy.figures.base import (
     title,
     wrapped,
 )
+from rb_noisy.forward import ask, in_mode
 from rb_noisy.geometry import kappa
 from rb_noisy.measures import accuracy_by_kappa as by_kappa
 from rb_noisy.runs import history_file
@@ -208,8 +209,7 @@ def accuracy_by_kappa(context: Context) -> list[Drawing]:
         used = torch.cat(subsets).unique()
         model = source.load()
         found, right = (torch.zeros(len(data.x_test), dtype=torch.int64) for _ in range(2))
-        with in_mode(model, "eval"):
-            prediction = torch.cat([logits_of(model, x).argmax(1) for x in data.x_test[used].split(500)])
+        prediction = ask(model, data.x_test[used]).logits.argmax(1)
         right[used] = (prediction == data.y_test[used]).long()
         found[used] = _kappa(model, data.x_test[used], prediction, source, context)
         parts = [by_kappa(found[subset], right[subset].bool(), steps) for subset in subsets]

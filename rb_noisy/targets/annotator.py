@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rb_noisy.attacks import in_mode
+from rb_noisy.forward import in_mode
 from rb_noisy.geometry import kappa
 from rb_noisy.record import SampleRecord
 from rb_noisy.targets.base import Assignment, Batch, Targets, check_at_least, check_fraction
@@ -55,6 +55,7 @@ class Annotator(Targets):
             norm=batch.norm,
             seed=int(torch.randint(2**62, (), generator=batch.draws)),
             batch_size=len(batch.y),
+            check=False,
         )
         with in_mode(model, "eval"):
             logits = model(batch.x).float()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from rb_noisy.files import left_by_killed
+from rb_noisy.files import remove_left_by_killed
 from rb_noisy.placement import launched
 
 PATIENCE = timedelta(days=30)
@@ -77,8 +77,9 @@ def state_files(path: str | os.PathLike) -> list[Path]:
 
 def forget_state(path: str | os.PathLike) -> None:
     """Remove `path`, all its parts, and what processes that were killed while they wrote them left."""
-    for file in (*state_files(path), *left_by_killed(path)):
+    for file in state_files(path):
         file.unlink(missing_ok=True)
+    remove_left_by_killed(path)
 
 
 @functools.cache

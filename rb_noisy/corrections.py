@@ -72,12 +72,8 @@ def save_npz(data: Dataset, path: str | Path) -> None:
     with only_changer(path):
         if path.exists():
             raise InputError(f"{path} is there already and is not overwritten: give another name, or remove it")
-        _write(path, data.class_names, arrays)
-
-
-def _write(path: Path, class_names: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary:
-        np.savez(temporary, class_names=np.array(class_names), **arrays)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, class_names=np.array(data.class_names), **arrays)
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

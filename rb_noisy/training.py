@@ -38,8 +38,8 @@ from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.files import atomic_path, only_writer, remove_left_by_killed, write_json
-from rb_noisy.placement import Threads, bf16_slowdown
-from rb_noisy.processes import PATIENCE, leave_group_at_exit
+from rb_noisy.placement import SECONDS_TO_END, Threads, bf16_slowdown
+from rb_noisy.processes import MEETING, be_patient, leave_group_at_exit, lost_process
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import (
@@ -144,12 +144,13 @@ class _Trainer:
         self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
         self.next_checkpoint = checkpoint_minutes
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=MEETING)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
         AcceleratorState._reset_state()
         # Several processes without a GPU talk to each other only if the CPU is asked for.
         cpu = not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
+        be_patient()
         self.device = self.accelerator.device
         targets = recipe.make_targets()
 
@@ -254,8 +255,9 @@ class _Trainer:
         with self.held:
             try:
                 yield
-            except Exception:
-                self._leave_nothing()
+            except Exception as error:
+                if not (isinstance(error, RuntimeError) and lost_process(error)):  # that is no fault of the recipe
+                    self._leave_nothing()
                 raise
 
     def _leave_nothing(self) -> None:
@@ -478,7 +480,7 @@ class _Trainer:
         self.made_folder = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            held.enter_context(only_writer(self.path))
+            held.enter_context(only_writer(self.path, SECONDS_TO_END))  # of one that has just been killed
             self.fresh = check_folder(self.path, self.recipe, resume)
             for file in (self.path / "run.json", *self._written()):
                 remove_left_by_killed(file)

@@ -95,7 +95,7 @@ def _own_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+        _free(handle)
 
 
 def remove_left_by_killed(path: str | os.PathLike) -> None:
@@ -154,7 +154,7 @@ def only_writer(folder: str | os.PathLike, patience: float = 0.0) -> Iterator[No
             raise InputError(f"another process writes to {folder}; wait for its end, or name another folder")
         yield
     finally:
-        os.close(handle)
+        _free(handle)
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def only_changer(path: str | os.PathLike) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
             return
         finally:
-            os.close(handle)
+            _free(handle)
 
 
 def _lock(handle: int, patience: float) -> bool:
@@ -203,6 +203,12 @@ def _lock(handle: int, patience: float) -> bool:
             return True
         else:
             return True
+
+
+def _free(handle: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes that were forked meanwhile
+    os.close(handle)
 
 
 def _is_at(path: Path, handle: int) -> bool:

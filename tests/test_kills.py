@@ -147,7 +147,7 @@ def test_where_the_system_ends_no_children_they_see_to_it(tmp_path):
 
 
 def test_a_killed_sweep_leaves_nothing_running_and_its_rerun_reports_no_failure(tmp_path):
-    """Also where a training is stopped, does not hear that it is to end, and would hold its folder against the rerun."""
+    """Also where a training is stopped: it would hold its folder against the rerun."""
     entries = [{"name": "r", **TINY, "epochs": 3}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     arguments = ["sweep", "--out", tmp_path / "runs", "--grid", tmp_path / "list.json"]

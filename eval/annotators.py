@@ -66,8 +66,9 @@ def measure(
     arrays = in_batches(together, "annotators", settings, batch_size, out, compute)
     with contextlib.suppress(OSError):
         together.folder(out).rmdir()  # only the state of an interrupted evaluation was in it
-    with atomic_path(out / "annotators.npz") as temporary:
-        np.savez_compressed(temporary, y=together.y.numpy(), **{name: v.numpy() for name, v in arrays.items()})
+    if together.processes.main:
+        with atomic_path(out / "annotators.npz") as temporary:
+            np.savez_compressed(temporary, y=together.y.numpy(), **{name: v.numpy() for name, v in arrays.items()})
     return {
         key: [
             {
@@ -335,6 +336,8 @@ def main(
                 annotators.setdefault(key, []).append(dataclasses.replace(subject, x=images))
         together = _together(annotators)
         answers = measure(annotators, together, seed=seed, batch_size=batch_size, out=out)
+        if not together.processes.main:
+            return
         figures = collect(annotators, answers, together, shares=chosen, draws=seeds, seed=seed, batch_size=batch_size)
         write_json(out / "annotators.json", figures)
         write_csv(figures, out)

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path, sha256, write_json
+from rb_noisy.files import atomic_path, only_changer, remove_abandoned, remove_left_by_killed, sha256, write_json
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run, load_weights, read_results, results_file
 
@@ -234,7 +235,6 @@ def publish(
     old = card_files(root).get(name) if (root / "model_info").is_dir() else None
     if old and not overwrite:
         raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
-    old_weights = _read(old)["weights"]["file"] if old else None
 
     weights = _halved(model) if half else (run.path / f"{checkpoint}.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
@@ -246,14 +246,34 @@ def publish(
     for evaluation, figures in read_results(results_file(run.path, checkpoint)).items():
         if figures["weights_sha256"] == digest:
             enter_figures(card, evaluation, figures)
+    with _only_changer_of_cards(root):
+        return _put(root, card, weights, overwrite)
+
+
+def _only_changer_of_cards(root: Path) -> AbstractContextManager[None]:
+    """One lock for all cards of a zoo: a model's card may move from folder to folder."""
+    return only_changer(root / "model_info")
+
+
+def _put(root: Path, card: Card, weights: bytes, overwrite: bool) -> Path:
+    """Write weights and card into a zoo that nobody else changes; then remove what no card of that name needs."""
+    name = card["name"]
+    file = root / "model_info" / card["dataset"] / card["threat_model"] / f"{name}.json"
+    old = list((root / "model_info").glob(f"*/*/{name}.json"))
+    if old and not overwrite:  # meanwhile
+        raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
     with atomic_path(root / "weights" / card["weights"]["file"]) as temporary:
         temporary.write_bytes(weights)
-    file = root / "model_info" / card["dataset"] / card["threat_model"] / f"{name}.json"
     write_json(file, card)
-    if old and old != file:
-        old.unlink()
-    if old_weights and old_weights != card["weights"]["file"]:
-        (root / "weights" / old_weights).unlink(missing_ok=True)
+    for other in {*old} - {file}:
+        other.unlink()
+        remove_left_by_killed(other)
+    # Names have no hyphen, so these are its own alone: what an earlier one had, or one that was killed has left.
+    for other in (root / "weights").glob(f"{name}-{'[0-9a-f]' * 8}.safetensors"):
+        if other.name != card["weights"]["file"]:
+            other.unlink()
+    for left in (root / "weights").glob(f".{name}-*.tmp.safetensors"):
+        remove_abandoned(left)
     return file
 
 
@@ -371,18 +391,29 @@ def write_result(
     Returns:
         Whether the figures were entered.
     """
-    if isinstance(target, Path):
-        results = read_results(target)
-        if not replace and _keeps(results, evaluation, figures):
-            return False
-        write_json(target, results | {evaluation: figures})
-        return True
-    file = card_files(zoo)[target]
-    card = _read(file)
-    if not replace and _keeps(card["results"], evaluation, figures):
+    in_zoo = not isinstance(target, Path)
+
+    def place() -> tuple[Path, dict[str, Any]]:
+        """Where the figures are, and what is there now."""
+        file = card_files(zoo)[target] if in_zoo else target
+        return file, _read(file) if in_zoo else read_results(file)
+
+    def kept(content: dict[str, Any]) -> bool:
+        return not replace and _keeps(content["results"] if in_zoo else content, evaluation, figures)
+
+    file, content = place()
+    if kept(content):  # also where nothing can be written
+        remove_left_by_killed(file)
         return False
-    enter_figures(card, evaluation, figures)
-    write_json(file, card)
+    with _only_changer_of_cards(zoo_folder(zoo)) if in_zoo else only_changer(file):
+        file, content = place()  # another evaluation may have changed it meanwhile
+        if kept(content):
+            return False
+        if in_zoo:
+            enter_figures(content, evaluation, figures)
+        else:
+            content[evaluation] = figures
+        write_json(file, content)
     return True
 
 

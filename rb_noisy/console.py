@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rb_noisy.errors import InputError, NetworkWarning
+from rb_noisy.placement import end_with_parent, is_main
 
 # Third-party imports warn of each other on every command; users can do nothing about it.
 warnings.filterwarnings("ignore", message=".*torch.jit.(interface|script).*", category=FutureWarning)
@@ -31,11 +33,21 @@ ZooOption = Annotated[
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Bad input becomes one line on stderr and exit code 2, an interruption 130; bugs keep their traceback."""
+    """Bad input becomes one line on stderr and exit code 2, an interruption 130; bugs keep their traceback.
+
+    Of several processes that a launcher started the first one alone prints. One that has lost the others ends with code
+    1. And each ends with the process that placed it on its cores.
+    """
+    from rb_noisy.processes import lost_process
     from rb_noisy.training import TrainingDiverged
 
+    end_with_parent()
     try:
-        with _network_warnings():
+        with contextlib.ExitStack() as muted:
+            if not is_main():
+                nowhere = muted.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(_network_warnings())
             yield
     except InputError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
@@ -46,6 +58,11 @@ def user_errors() -> Iterator[None]:
     except TrainingDiverged as error:
         errors.print(f"[bold red]diverged:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(3) from error
+    except RuntimeError as error:
+        if not (said := lost_process(error)):
+            raise
+        errors.print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; what was finished is kept", soft_wrap=True)
         raise typer.Exit(130) from error
@@ -80,5 +97,5 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
-        disable=not sys.stderr.isatty() and "RB_NOISY_PROGRESS" not in os.environ,
+        disable=not is_main() or (not sys.stderr.isatty() and "RB_NOISY_PROGRESS" not in os.environ),
     )

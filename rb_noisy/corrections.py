@@ -11,7 +11,7 @@ import numpy as np
 
 from rb_noisy.data import Dataset, to_bytes
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path
+from rb_noisy.files import atomic_path, only_changer
 
 NEEDED = ("index", "given", "label")
 
@@ -66,13 +66,14 @@ def save_npz(data: Dataset, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".npz":
         raise InputError(f"{path} is to be an .npz file: give it a name that ends in .npz")
-    if path.exists():
-        raise InputError(f"{path} is there already and is not overwritten: give another name, or remove it")
     images = {"x_train": data.x_train, "x_test": data.x_test}
     arrays = {name: to_bytes(x).permute(0, 2, 3, 1).numpy() for name, x in images.items()}
     arrays |= {"y_train": data.y_train.numpy(), "y_test": data.y_test.numpy()}
-    with atomic_path(path) as temporary:
-        np.savez(temporary, class_names=np.array(data.class_names), **arrays)
+    with only_changer(path):
+        if path.exists():
+            raise InputError(f"{path} is there already and is not overwritten: give another name, or remove it")
+        with atomic_path(path) as temporary:
+            np.savez(temporary, class_names=np.array(data.class_names), **arrays)
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -1,4 +1,6 @@
-"""`python placed.py PARENT CORES NICE COMMAND …`: the command on these cores, ended with its parent process.
+"""`python placed.py PARENT CORES NICE COMMAND …`: the command on these cores, killed with its parent process.
+
+Killed, because whoever does not listen (a stopped process, say) would go on; each command here survives a kill.
 
 NICE is added to the parent's niceness: 19 gives way to everything else, 0 leaves it as it is.
 
@@ -22,9 +24,10 @@ def main() -> None:
     with contextlib.suppress(OSError, AttributeError):
         os.nice(int(nice))
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died meanwhile
         sys.exit(1)
+    os.environ["RB_NOISY_PARENT"] = parent  # for `placement.end_with_parent`, where the system does not do it
     os.execvp(command[0], command)
 
 

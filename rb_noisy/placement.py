@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,10 +33,12 @@ from rb_noisy.errors import InputError
 Work = Callable[[], Any]
 ROUNDS = 3  # of a measurement
 SECONDS_TO_END = 10.0  # for a process that is asked to end, before it is killed
+WATCH = 0.5  # seconds between looks at whether the parent lives
 STALLED = 2.5  # times its usual length: a step that long waits for somebody else's work
 PATIENCE = 5  # stalled steps in a row before the threads are measured anew
 USUAL = 20  # steps that the usual length is the median of
 STEADY = 1.25  # how much faster several threads must be than processes of one each, which never wait for each other
+GO_ON = "what was saved is kept, and the same command (for train with --resume) goes on from there"
 PROBE = (16, 64, 16, 16)  # images, channels and sides of the feature map that a precision is tried on
 
 
@@ -204,10 +208,11 @@ def is_main() -> bool:
 def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module` with these arguments as so many processes of one thread, each on cores of its own.
 
-    The first prints; what another one says is shown if that is what failed. All end with this process.
+    The first prints; what another one says is shown if that is what failed. All end with this process, and where one
+    is killed, at once.
 
     Returns:
-        The exit code: 0, or that of one that failed.
+        The exit code: 0, or that of one that failed; 128 + the signal's number where one was killed.
 
     Raises:
         InputError: processes is below 1.
@@ -232,19 +237,26 @@ def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
             codes = _wait(started)
         finally:
             end([process for process in started if process.poll() is None])
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        # Of those that failed one that was killed, if there is one: the others have missed it.
+        failed = min((rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] >= 0, default=None)
         if failed is None:
             return 0
         if failed:
             said[failed].seek(0)
             sys.stderr.write(said[failed].read().decode("utf-8", "replace"))
-        return codes[failed]
+        if codes[failed] > 0:
+            return codes[failed]
+        name = f"process {failed + 1} of {processes}"
+        sys.stderr.write(f"error: {name} was killed by signal {-codes[failed]}; the others were ended; {GO_ON}\n")
+        return 128 - codes[failed]
 
 
 def _wait(started: Sequence[subprocess.Popen]) -> list[int]:
     """The exit code of each; 0 for those that had to be ended because another one failed."""
     deadline = math.inf
     while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        if any((process.poll() or 0) < 0 for process in started):
+            break
         if deadline == math.inf and any(process.poll() for process in started):
             deadline = time.monotonic() + SECONDS_TO_END  # they may fail of the same, and say so
         time.sleep(0.05)
@@ -262,6 +274,20 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def end_with_parent() -> None:
+    """From now on end when the process that placed this one has ended, also on systems that do not see to it."""
+    parent = os.environ.pop("RB_NOISY_PARENT", None)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(WATCH)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def placed(command: Sequence[str], cores: Sequence[int], nice: int = 19) -> list[str]:

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from rb_noisy.files import left_by_killed
-from rb_noisy.placement import launched
+from rb_noisy.files import remove_left_by_killed
+from rb_noisy.placement import GO_ON, launched
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others; they have shares of hours, and PyTorch's default is 10 to 30 minutes."""
+MEETING = timedelta(minutes=5)
+"""How long it waits for them to begin: one that died before they met is noticed by nobody else."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Processes:
             return Processes()
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=MEETING)
+        be_patient()
         leave_group_at_exit()
         return Processes(state.process_index, state.num_processes)
 
@@ -60,6 +63,24 @@ class Processes:
         return found.to(values)
 
 
+def be_patient() -> None:
+    """Now that the processes have met, wait for each other as long as their shares of the work may take."""
+    if distributed.is_initialized():
+        change = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+        change(PATIENCE, distributed.group.WORLD)
+
+
+def lost_process(error: RuntimeError) -> str:
+    """What to say if an error is that of a process whose peers ended or never came; "" for any other error."""
+    text = str(error)
+    if launched() == 1 or not (isinstance(error, distributed.DistError) or "gloo" in text.lower() or "NCCL" in text):
+        return ""
+    known = re.search("closed by peer|reset by peer|broken pipe|timed out|timeout", text, re.IGNORECASE)
+    reason = known.group().lower() if known else text.splitlines()[0]
+    which = f"process {int(os.environ.get('RANK', '0')) + 1} of {launched()}"
+    return f"{which} has lost another one, which ended or never began ({reason}); {GO_ON}"
+
+
 def own_file(path: str | os.PathLike, processes: Processes) -> Path:
     """Where this process keeps its part of what would be kept in `path`: `path` itself, if it is alone."""
     path = Path(path)
@@ -77,8 +98,9 @@ def state_files(path: str | os.PathLike) -> list[Path]:
 
 def forget_state(path: str | os.PathLike) -> None:
     """Remove `path`, all its parts, and what processes that were killed while they wrote them left."""
-    for file in (*state_files(path), *left_by_killed(path)):
+    for file in state_files(path):
         file.unlink(missing_ok=True)
+    remove_left_by_killed(path)
 
 
 @functools.cache

@@ -37,9 +37,9 @@ from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
-from rb_noisy.files import atomic_path, left_by_killed, only_writer, write_json
-from rb_noisy.placement import Threads, bf16_slowdown
-from rb_noisy.processes import PATIENCE, leave_group_at_exit
+from rb_noisy.files import atomic_path, only_writer, remove_left_by_killed, write_json
+from rb_noisy.placement import SECONDS_TO_END, Threads, bf16_slowdown
+from rb_noisy.processes import MEETING, be_patient, leave_group_at_exit, lost_process
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import (
@@ -59,6 +59,7 @@ from rb_noisy.weights import Averager, kept_buffers
 
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
 CLOCK_STEPS = 20
+LARGEST_BATCH = 2**31 - 1
 
 
 class TrainingDiverged(RuntimeError):
@@ -143,18 +144,20 @@ class _Trainer:
         self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
         self.next_checkpoint = checkpoint_minutes
         # Two forward passes before one backward pass: the buffers must not be broadcast in between.
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=MEETING)]
         # Accelerate keeps the precision of a process' first Accelerator; the next run may want another.
         AcceleratorState._reset_state()
         # Several processes without a GPU talk to each other only if the CPU is asked for.
         cpu = not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=handlers)
+        be_patient()
         self.device = self.accelerator.device
         targets = recipe.make_targets()
 
         data, labels = training_set(recipe, data_root)
         x, y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
         self.tracker = Tracker(recipe, data, labels, _seed)
+        self._check_batches()
 
         torch.manual_seed(_seed(recipe.seed, 0))
         statistics = _statistics(data.x_train) if recipe.normalize else {}
@@ -248,17 +251,27 @@ class _Trainer:
 
     @contextlib.contextmanager
     def hold_folder(self) -> Iterator[None]:
-        """Two trainings in one folder would overwrite each other's files."""
-        with contextlib.ExitStack() as held:
-            if self.accelerator.is_main_process:
-                held.enter_context(only_writer(self.path))
-                written = [self.path / f"{name}.safetensors" for name in CHECKPOINTS]
-                written += [self.checkpoint.file, self.path / "metrics.jsonl"]
-                for file in (*written, history_file(self.path, self.progress.epoch)):
-                    for left in left_by_killed(file):
-                        left.unlink()
-            self.accelerator.wait_for_everyone()
-            yield
+        """Let go of the folder at the end; what fails before anything was trained leaves no run in it."""
+        with self.held:
+            try:
+                yield
+            except Exception as error:
+                if not (isinstance(error, RuntimeError) and lost_process(error)):  # that is no fault of the recipe
+                    self._leave_nothing()
+                raise
+
+    def _leave_nothing(self) -> None:
+        """Remove what `_begin` wrote, which would stand in the way of the corrected recipe, if it is all there is."""
+        if self.fresh and self.accelerator.is_main_process and not any(file.exists() for file in self._written()):
+            (self.path / "run.json").unlink(missing_ok=True)
+            if self.made_folder:
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    self.path.rmdir()
+
+    def _written(self) -> list[Path]:
+        """What training writes, but for `run.json`."""
+        weights = [self.path / f"{name}.safetensors" for name in CHECKPOINTS]
+        return [*weights, self.path / "state.safetensors", self.path / "metrics.jsonl"]
 
     def run(
         self,
@@ -312,8 +325,6 @@ class _Trainer:
         train_index = self.tracker.train_index
         order = to_device(train_index[torch.randperm(len(train_index), generator=shared)], self.device)
         batches = self._own_batches(order[progress.done :])
-        if not batches and not progress.done:
-            raise InputError(f"{len(train_index)} training samples are too few for {world} processes")
         first = progress.done / chunk  # not a whole number where another number of processes began the epoch
         total = first + len(batches)
         if not progress.done:
@@ -364,6 +375,18 @@ class _Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = order[: len(order) // world * world][rank::world]
         return [batch for batch in own.split(self.recipe.batch_size) if len(batch) > 1]
+
+    def _check_batches(self) -> None:
+        """Find out before anything is written that an epoch would have no step."""
+        size, world = self.recipe.batch_size, self.accelerator.num_processes
+        if size > LARGEST_BATCH:
+            raise InputError(f"recipe: batch_size is {size}; give {LARGEST_BATCH} at most")
+        if not self._own_batches(self.tracker.train_index):
+            each = f" for each of {world} processes" if world > 1 else ""
+            raise InputError(
+                f"{len(self.tracker.train_index)} training samples in batches of {size} are too few: a step takes two "
+                f"or more{each}; raise batch_size, or give more samples"
+            )
 
     def _pause(self, step: int, draws: torch.Generator) -> bool:
         """Write a checkpoint within the epoch if one is due; whether the time is up."""
@@ -429,14 +452,47 @@ class _Trainer:
             ) from error
 
     def _begin(self, resume: bool) -> Progress:
-        """Write `run.json`, or take up the run that is there: how far it is."""
-        fresh = check_folder(self.path, self.recipe, resume)
-        self.accelerator.wait_for_everyone()  # every process has looked before one of them writes
-        if fresh and self.accelerator.is_main_process:
-            about = {"model_options": self.model_options, "class_names": self.class_names}
-            about["image_shape"] = self.image_shape
-            write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
-        return Progress() if fresh or not self.checkpoint.file.exists() else self.checkpoint.load()
+        """Lock the folder, look into it, and write `run.json`, or take up the run that is there: how far it is.
+
+        The lock comes first: of two trainings that begin at once, one would else leave its recipe with the other's
+        weights. The main process does it and tells the others, which must not wait for one that has failed.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        self.held, found = contextlib.ExitStack(), [None]
+        if self.accelerator.is_main_process:
+            try:
+                self._hold(resume)
+                found = [self.fresh]
+            except (InputError, OSError) as error:
+                found = [error]
+        (answer,) = broadcast_object_list(found)
+        if isinstance(answer, Exception):
+            raise answer
+        self.fresh = answer
+        try:
+            return Progress() if self.fresh or not self.checkpoint.file.exists() else self.checkpoint.load()
+        except BaseException:
+            self.held.close()
+            raise
+
+    def _hold(self, resume: bool) -> None:
+        self.made_folder = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            held.enter_context(only_writer(self.path, SECONDS_TO_END))  # of one that has just been killed
+            self.fresh = check_folder(self.path, self.recipe, resume)
+            for file in (self.path / "run.json", *self._written()):
+                remove_left_by_killed(file)
+            if self.fresh:
+                about = {"model_options": self.model_options, "class_names": self.class_names}
+                about["image_shape"] = self.image_shape
+                try:
+                    write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
+                except BaseException:
+                    self._leave_nothing()
+                    raise
+            self.held = held.pop_all()
 
     def _save_epoch(self, metrics: dict[str, Any]) -> None:
         """What an epoch leaves, but for the state."""

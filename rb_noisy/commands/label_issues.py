@@ -13,6 +13,7 @@ from rich.table import Table
 from rb_noisy.commands.settings import parse_settings
 from rb_noisy.console import console, progress_bar, user_errors
 from rb_noisy.errors import InputError
+from rb_noisy.placement import is_main
 
 if TYPE_CHECKING:
     from rb_noisy.label_issues import LabelIssues, OutOfFold
@@ -78,6 +79,8 @@ def label_issues(
                     f"method {recipe.method} leaves no κ for score {score!r}; give --score loss, or --folds 5"
                 )
             source = _judge(recipe, folds, out, data_root)
+        if not is_main():  # of several that a launcher started to train: the first one writes
+            return
         issues = find_label_issues(source, score=score, data_root=data_root)
         _write(issues, recipe, score, top, html, out, data_root)
 
@@ -111,7 +114,8 @@ def _judge(recipe: Recipe, folds: int, out: Path, data_root: Path | None) -> Run
         if not folds:
             return train(recipe, out / "run", resume=True, on_batch=lambda *done: on_batch(None, *done), **options)
         found = out_of_fold(recipe, folds, out / "folds", on_batch=on_batch, **options)
-    found.save(out / "out_of_fold.npz")
+    if is_main():
+        found.save(out / "out_of_fold.npz")
     return found
 
 

@@ -277,7 +277,7 @@ def _commands(card: dict[str, Any], zoo: str | None) -> list[str]:
 def train_command(recipe: dict[str, Any], out: str) -> str:
     """The `rb-noisy train` command that a recipe means, in one line; in a shell it gives that very recipe again."""
     try:
-        changes = flatten(Recipe.from_dict(recipe).changes())
+        changes = flatten(Recipe.recorded(recipe).changes())
     except (InputError, TypeError) as error:
         return f"# not a recipe of this version: {' '.join(str(error).split())}"
     words = ["rb-noisy", "train"]

@@ -110,7 +110,7 @@ def train(
             from model_zoo.registry import read_card
 
             card = read_card(like, zoo)
-            values = based_on(Recipe.from_dict(card["recipe"]), values)
+            values = based_on(Recipe.recorded(card["recipe"]), values)
             if threads is None and len(same := card["training"].get("threads", [])) == 1:
                 threads = same[0]  # on which its weights depend bit by bit
         elif resume and not values:

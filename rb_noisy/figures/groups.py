@@ -9,6 +9,7 @@ import numpy as np
 
 from rb_noisy.figures.base import NotDrawn, Source, data_title
 from rb_noisy.recipes import Recipe
+from rb_noisy.subsets import DRAWN
 
 MOST_METHODS = 5  # beside each other in one figure
 Values = Callable[[dict], float | None]
@@ -63,7 +64,9 @@ class Group:
         seeds = max(len(line.sources) for line in self.lines)
         mean = f" (mean of up to {seeds} seeds)" if seeds > 1 else ""
         size = self.recipe.train_size
-        part = "" if size is None else f" (first {size} training images)"
+        drawn = self.recipe.train_images == DRAWN
+        which = f"{size} training images, drawn by class" if drawn else f"first {size} training images"
+        part = "" if size is None else f" ({which})"
         return f"{data_title(self.recipe)}{part}, {noise}, {' and '.join(map(str, networks))}{mean}"
 
 
@@ -82,7 +85,7 @@ def grouped(sources: Sequence[Source], needs: Sequence[str] = (), methods: int =
     settings: dict[tuple, list[Source]] = {}
     for source in able:
         r = source.recipe
-        settings.setdefault((r.data, r.train_size, r.epochs, r.eps, r.norm), []).append(source)
+        settings.setdefault((r.data, r.train_size, r.train_images, r.epochs, r.eps, r.norm), []).append(source)
     groups = []
     for members in settings.values():
         kinds = list(dict.fromkeys(s.recipe.noise for s in members if s.noisy)) or ["none"]

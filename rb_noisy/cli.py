@@ -118,6 +118,8 @@ def train(
                 raise InputError(f"{out} holds no run to resume; check --out, or leave out --resume to begin one")
             values = Run.open(out).recipe.to_dict()
         chosen = Recipe.from_dict(values)
+        if chosen.train_size is not None:
+            console.print(f"trained on: {chosen.trained_on}", soft_wrap=True)
         with progress_bar() as bar:
             task = bar.add_task("epoch 1", total=None)
 

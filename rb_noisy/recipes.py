@@ -288,6 +288,15 @@ class Recipe:
         """What the method composes with its objective."""
         return tuple(self.method.split("+")[1:])
 
+    @property
+    def trained_on(self) -> str:
+        """Which training images, in words."""
+        if self.train_size is None:
+            return "all training images"
+        if self.train_images == DRAWN:
+            return f"{self.train_size} training images drawn by class"
+        return f"first {self.train_size} training images"
+
     def _part(self, kind: str) -> str | None:
         return next((part for part in self.parts if part in PARTS[kind]), None)
 

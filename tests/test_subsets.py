@@ -136,6 +136,19 @@ def test_training_on_a_part_sees_all_classes_with_their_own_labels(sorted_npz, t
     assert torch.equal(again.train_index, index), "every run of a size has the same images"
 
 
+@pytest.mark.parametrize(("chosen", "said"), [(None, "8 training images drawn"), ("first", "first 8 training")])
+def test_training_on_a_part_says_which(chosen, said, sorted_npz, tmp_path):
+    recipe = Recipe(data=sorted_npz, train_size=8, train_images=chosen, **TINY)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    arguments = ["train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(console, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"trained on: {said}" in done.output
+    assert said in grouped([_source(Run.open(tmp_path / "run"))])[0].title
+    with pytest.raises(InputError, match="unknown train_images in the recipe 'last'"):
+        Recipe(data=sorted_npz, train_size=8, train_images="last")
+
+
 def test_a_part_of_digits_is_the_first_as_ever():
     data, _ = training_set(Recipe(data="digits", train_size=30))
     assert torch.equal(data.x_train, load_data("digits").x_train[:30])

@@ -9,7 +9,6 @@ import numpy as np
 
 from rb_noisy.figures.base import NotDrawn, Source, data_title
 from rb_noisy.recipes import Recipe
-from rb_noisy.subsets import DRAWN
 
 MOST_METHODS = 5  # beside each other in one figure
 Values = Callable[[dict], float | None]
@@ -63,10 +62,7 @@ class Group:
         noise = "clean labels" if self.noise == "none" else f"{self.noise} noise"
         seeds = max(len(line.sources) for line in self.lines)
         mean = f" (mean of up to {seeds} seeds)" if seeds > 1 else ""
-        size = self.recipe.train_size
-        drawn = self.recipe.train_images == DRAWN
-        which = f"{size} training images, drawn by class" if drawn else f"first {size} training images"
-        part = "" if size is None else f" ({which})"
+        part = "" if self.recipe.train_size is None else f" ({self.recipe.trained_on})"
         return f"{data_title(self.recipe)}{part}, {noise}, {' and '.join(map(str, networks))}{mean}"
 
 

@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval import calibration, common, confidence_attack, pgd
+from eval import calibration, common, confidence_attack, page, pgd
 from rb_noisy.cli import app as console
 from rb_noisy.data import load_data
 from rb_noisy.errors import InputError
@@ -244,3 +244,17 @@ def test_verdicts_in_a_card_are_taken_for_their_own_images_only(images, index, e
     monkeypatch.setattr(common, "entered", lambda _: {"autoattack": figures})
     found = calibration.autoattack_verdicts(subject, tmp_path)
     assert found is None if expected is None else torch.equal(found, verdicts[expected])
+
+
+def test_a_card_says_which_images_and_warns_where_its_command_would_draw_others():
+    card = {"name": "mine", "recipe": None, "results": {}}
+    for dataset, images, note in (
+        ("npz:mine.npz", None, "  # drawn by class now; the figures are of the first 4 of 10 images"),
+        ("npz:mine.npz", "4 of 10 images, drawn by class, seed 0", ""),
+        ("digits", None, ""),
+    ):
+        figures = {"n": 4, "of": 10, "dataset": dataset, "accuracy": 0.5} | ({"images": images} if images else {})
+        (command,) = page._commands(card | {"results": {"pgd-20": figures}}, None)
+        assert command.endswith(f"--batch-size 250{note}")
+        (line,) = page._figure_lines("pgd-20", figures)
+        assert (images or "the first 4 of 10 images") in line

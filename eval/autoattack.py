@@ -91,9 +91,11 @@ def evaluate(
     if minutes is not None:
         figures["of"] = len(subject.x)
         figures["subset"] = "random, stratified by class"
+        if len(rows) < len(subject.x):
+            figures["images"] = f"{len(rows)} drawn by class, seed {seed}, of {subject.images}"
     if estimate:
         figures["precision"] = "bf16"
-    return figures, {"index": rows, "robust": broken_by == -1, "broken_by": broken_by}
+    return figures, {"index": subject.index[rows], "robust": broken_by == -1, "broken_by": broken_by}
 
 
 def run(subject: common.Subject, *, seed: int, batch_size: int, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
@@ -167,7 +169,7 @@ def main(
             raise InputError("--reference is the plain network; leave out --estimate and --compile")
         options = {"reference": reference, "estimate": estimate, "minutes": minutes}
         results = run(subject, seed=seed, batch_size=batch_size, out=out, **options)
-        # A card's figure is that of its first n images, in full precision.
+        # A card's figure is that of all the images that --n says, in full precision.
         keeps = not estimate and minutes is None
         common.enter(subject if keeps else common.without_target(subject), results, json_file, out, replace)
         if minutes is None:

@@ -18,19 +18,10 @@ from rb_noisy.autoattack import AutoAttackResult
 from rb_noisy.errors import InputError
 from rb_noisy.files import UNREADABLE, atomic_path
 from rb_noisy.processes import forget_state
+from rb_noisy.subsets import stratified_order
 
 FIRST = 16  # images of the first part, from which the time that one takes is known
-
-
-def stratified_order(y: Tensor, seed: int) -> Tensor:
-    """(N,) the samples in random order, every class as often in any beginning of it as its share of y allows."""
-    generator = np.random.default_rng(seed)
-    place = np.empty(len(y))
-    for label in np.unique(y):
-        rows = np.flatnonzero(y == label)
-        # Random places in equal strides: one sample of a class in every 1/n of the way.
-        place[generator.permutation(rows)] = (np.arange(len(rows)) + generator.random(len(rows))) / len(rows)
-    return torch.from_numpy(np.argsort(place, kind="stable"))
+ORDER = "PCG64"  # of the images: a state file of another order has other images' verdicts
 
 
 def attack_for(
@@ -57,7 +48,7 @@ def attack_for(
         raise InputError(f"--minutes is {minutes}; give a number above 0")
     processes, order = subject.processes, stratified_order(subject.y, seed)
     about = subject.describe(seed=seed, batch_size=batch_size) | {"images": common.images_digest(subject)}
-    about |= {**settings, "date": None}
+    about |= {**settings, "date": None, "order": ORDER}
     broken_by, part, warnings = _read(file, about)
     part_file = file.with_name(f"{file.stem}.part{file.suffix}")
     began, measured, attacked = time.monotonic(), 0.0, 0

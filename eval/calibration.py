@@ -21,6 +21,7 @@ from rb_noisy.calibration import calibration_report, plot_calibration
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import write_json
 from rb_noisy.geometry import kappa
+from rb_noisy.subsets import images_of, in_words
 
 MNIST_STEPS, MNIST_ALPHA = 40, 0.01  # [NL App. D.2]
 PASSES = 60  # gradients for an image, about: κ on natural and attacked images, and the attack
@@ -182,7 +183,10 @@ def autoattack_verdicts(subject: common.Subject, out: Path) -> Tensor | None:
     if "verdicts" not in figures or figures["weights_sha256"] != subject.weights_sha256:
         return None
     verdicts = common.unpacked(figures["verdicts"], figures["n"])
-    return verdicts[: len(subject.x)] if len(verdicts) >= len(subject.x) else None
+    if images_of(figures) == subject.images:
+        return verdicts
+    firsts = images_of(figures) == in_words(figures["n"], figures["of"])
+    return verdicts[subject.index] if firsts and int(subject.index.max()) < len(verdicts) else None
 
 
 def show(subject: common.Subject, figures: dict[str, Any]) -> None:

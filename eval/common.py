@@ -46,12 +46,19 @@ from rb_noisy.processes import Processes
 from rb_noisy.radius import parse_radius
 from rb_noisy.radius import radius as in_range
 from rb_noisy.runs import Run
+from rb_noisy.subsets import images_of, subset
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
 
 ModelOption = Annotated[str, typer.Option("--model", help="A zoo model, a run folder, or a timm name.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Default: the model's own data set.")]
-CountOption = Annotated[int | None, typer.Option("--n", help="The first N test images. Default: all.")]
+CountOption = Annotated[
+    int | None,
+    typer.Option(
+        "--n",
+        help="The first N test images; of npz: and imagefolder: N drawn by class, with --seed. Default: all.",
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Images attacked at a time.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Default: cuda where there is one, else cpu.")]
 EpsOption = Annotated[
@@ -109,6 +116,8 @@ class Subject:
         target: where figures are entered: a zoo model's name, a run's results file, or None.
         zoo: the zoo of that name.
         weights_sha256: what the figures belong to.
+        index: (n,) int64, ascending: which of the data set's test images they are.
+        images: the same in words, see `rb_noisy.subsets.Subset`.
         total: how many test images there are.
     """
 
@@ -125,6 +134,8 @@ class Subject:
     target: str | Path | None
     zoo: str | None
     weights_sha256: str
+    index: Tensor
+    images: str
     total: int
     fast: FastForm
     processes: Processes
@@ -148,6 +159,7 @@ class Subject:
             "date": datetime.date.today().isoformat(),
             "weights_sha256": self.weights_sha256,
             "torch": torch.__version__,
+            "images": self.images,  # the last, where a state file has the digest of the images in its place
         }
 
 
@@ -214,6 +226,7 @@ def load_subject(
     x, y = checked_images(data.x_test, getattr(found.model, "image_shape", None)), data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
+    part = subset(name, y, n, seed)
     # Convolutions are faster so, on a CPU by about a half; the values are the same but for rounding.
     network = found.model.to(chosen, memory_format=torch.channels_last).eval()
     try:
@@ -231,8 +244,8 @@ def load_subject(
     subject = Subject(
         label=found.label,
         model=network,
-        x=x[:n],
-        y=y[:n],
+        x=x if len(part.index) == len(x) else x[part.index],
+        y=y[part.index],
         dataset=name,
         eps=radius,
         norm=found.norm,
@@ -242,6 +255,8 @@ def load_subject(
         target=found.target if own else None,
         zoo=zoo,
         weights_sha256=found.sha256,
+        index=part.index,
+        images=part.words,
         total=len(x),
         fast=fast_form(network, compiled=compiled),
         processes=sharing,
@@ -385,10 +400,9 @@ def show(title: str, table: Table) -> None:
 
 
 def setting(subject: Subject, figures: dict[str, Any]) -> str:
-    """Data set, sample count, threat model, seed: the line under a title."""
-    samples = f"{figures['n']} of {figures['of']} images"
+    """Data set, which images, threat model, seed: the line under a title."""
     data = dataset_title(dataset_label(subject.dataset))
-    return f"{data} test set, {samples}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
+    return f"{data} test set, {images_of(figures)}, {subject.norm} ε = {eps_label(subject.eps)}, seed {figures['seed']}"
 
 
 def entered(subject: Subject) -> dict[str, Any]:
@@ -430,8 +444,8 @@ def enter(
         return
     if subject.target is None:
         console.print(
-            f"figures: {subject.folder(out)}, not a card, which holds standard attacks in full precision, on the first "
-            "images of its own data and at its own ε",
+            f"figures: {subject.folder(out)}, not a card, which holds standard attacks in full precision, on its own "
+            "data and at its own ε",
             soft_wrap=True,
         )
         return
@@ -467,7 +481,7 @@ def saved_verdicts(folder: Path, evaluation: str, subject: Subject) -> dict[str,
     if not file.is_file():
         return None
     with np.load(file, allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in saved.files}
+        arrays = {name: saved[name] for name in saved.files if name != "index"}
     for name, wanted in _measured_on(subject).items():
         if name not in arrays or not np.array_equal(arrays.pop(name), wanted):
             return None
@@ -475,14 +489,14 @@ def saved_verdicts(folder: Path, evaluation: str, subject: Subject) -> dict[str,
 
 
 def save_verdicts(folder: Path, evaluation: str, subject: Subject, **arrays: Tensor | np.ndarray) -> Path:
-    """Per-sample verdicts as an .npz, row i for test image i."""
-    file = subject.folder(folder) / f"{evaluation}.npz"
+    """Per-sample verdicts as an .npz; row i is of test image `index[i]` of the data set."""
+    file, rows = subject.folder(folder) / f"{evaluation}.npz", {"index": subject.index, **arrays}
     if subject.processes.main:
         with atomic_path(file) as temporary:
             np.savez_compressed(
                 temporary,
                 **_measured_on(subject),
-                **{name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()},
+                **{name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in rows.items()},
             )
     subject.processes.wait()  # another evaluation may read it
     console.print(f"verdicts: {file}", soft_wrap=True)

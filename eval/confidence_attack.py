@@ -21,6 +21,7 @@ from rb_noisy.confidence import DEFAULT_FEATURES, DEFAULT_STEPS, WITHSTANDS, obs
 from rb_noisy.confidence_attack import believed_attack
 from rb_noisy.errors import InputError
 from rb_noisy.files import write_json
+from rb_noisy.subsets import subset
 
 DEFENCES = {
     "isotonic_max_softmax": ("isotonic on max-softmax", "isotonic", ("max_softmax",)),
@@ -42,7 +43,7 @@ def seen(subject: common.Subject, x: Tensor, batch_size: int) -> Observed:
     return observe(subject.fast, x, features=FEATURES, steps=DEFAULT_STEPS, batch_size=batch_size, **options)
 
 
-def fit(subject: common.Subject, robust: Tensor, batch_size: int, rows: slice) -> dict[str, Calibrator]:
+def fit(subject: common.Subject, robust: Tensor, batch_size: int, rows: Tensor) -> dict[str, Calibrator]:
     found = seen(subject, subject.x[rows], batch_size)
     outcome = robust[rows] & (found.logits.argmax(1) == subject.y[rows])
     return {
@@ -88,17 +89,19 @@ def attack(
 def evaluate(
     subject: common.Subject, robust: Tensor, source: str, *, seed: int, batch_size: int, attacked: int, out: Path
 ) -> dict[str, Any]:
-    """Fit on the first half of the images, attack the first `attacked` of the second."""
+    """Fit on half of the images, attack `attacked` of the other half: the first of each, of one's own data drawn."""
     half = len(subject.x) // 2
     if not 1 <= attacked <= len(subject.x) - half:
         raise InputError(f"--attacked is {attacked}, but {len(subject.x) - half} images are held out; raise --n")
-    calibrators = fit(subject, robust, batch_size, slice(half))
-    part = dataclasses.replace(
-        subject, x=subject.x[half : half + attacked], y=subject.y[half : half + attacked], target=None
-    )
+    fitted = subset(subject.dataset, subject.y, half, seed).index
+    others = torch.ones(len(subject.x), dtype=torch.bool).index_fill(0, fitted, False).nonzero()[:, 0]
+    held_out = others[subset(subject.dataset, subject.y[others], attacked, seed).index]
+    calibrators = fit(subject, robust, batch_size, fitted)
+    images = {"x": subject.x[held_out], "y": subject.y[held_out], "index": subject.index[held_out]}
+    part = dataclasses.replace(subject, **images, target=None)
     targets = min(TARGETS, len(subject.class_names) - 1)
     found = attack(part, calibrators, seed=seed, batch_size=batch_size, targets=targets, out=out)
-    stands = robust[half : half + attacked]
+    stands = robust[held_out]
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, share in product(DEFENCES, SHARES):
         stated = found[f"{name}.stated"]

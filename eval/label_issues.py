@@ -93,7 +93,7 @@ def judge(path: Path, data_root: Path | None = None) -> Judged:
 
 def _setting(recipe: Recipe, by: str, epochs: int) -> tuple[str, str, str, str]:
     data = recipe.data if ":" not in recipe.data else Path(recipe.data).stem
-    size = "" if recipe.train_size is None else f" ({recipe.train_size})"
+    size = "" if recipe.train_size is None else f" ({recipe.trained_on})"
     rate = Path(recipe.noise_options.get("file", "")).name if recipe.noise_rate is None else f"{recipe.noise_rate:g}"
     noise = f"{recipe.noise} {rate}".strip()
     if key := recipe.noise_options.get("key"):

@@ -17,6 +17,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 from rb_noisy.pages import render_page
 from rb_noisy.recipes import Recipe, flatten
+from rb_noisy.subsets import DRAWN, images_of, kind_of
 
 TEMPLATES = Path(__file__).with_name("templates")
 INPUTS = (("natural", "natural inputs"), ("pgd-20", "PGD-20 inputs"))
@@ -60,7 +61,7 @@ COLUMNS = (
     Column("kept", "top 30%", "Robust accuracy of the 30% surest answers, %", "descending", over=_SURE),
     Column("brier_ratio", "Brier ratio", "To the best without an attack; below 1 κ helps", over=_SURE),
 )
-FIGURE_HEAD = ("Figure", "Accuracy, %", "95% interval", "Data", "Split", "n", "Seed", "ε", "α", "Steps", "Date")
+FIGURE_HEAD = ("Figure", "Accuracy, %", "95% interval", "Data", "Split", "Images", "Seed", "ε", "α", "Steps", "Date")
 FIGURE_NAMES = {"final_iterate": "final iterate", "any_iterate": "any iterate", "pgd-20": "on PGD-20 inputs"}
 CALIBRATORS = {name: text for name, (text, *_) in CURVES.items()} | {"isotonic_max_softmax": "isotonic on max-softmax"}
 SCORES = {"kappa": "κ", "max_softmax": "max-softmax", "margin": "margin"}
@@ -270,14 +271,17 @@ def _commands(card: dict[str, Any], zoo: str | None) -> list[str]:
         words += ["--steps", steps] if kind == "pgd" and steps != "20" else []
         words += ["--n", str(figures["n"])] if figures.get("n") != figures.get("of") else []
         words += ["--seed", str(figures.get("seed", 0)), "--batch-size", str(figures.get("batch_size", 250))]
-        commands.append(shlex.join(words))
+        old = "images" not in figures and figures.get("of", 0) > figures.get("n", 0)
+        drawn = old and kind_of(figures.get("dataset", "")) == DRAWN
+        note = f"  # drawn by class now; the figures are of {images_of(figures)}" if drawn else ""
+        commands.append(shlex.join(words) + note)
     return commands
 
 
 def train_command(recipe: dict[str, Any], out: str) -> str:
     """The `rb-noisy train` command that a recipe means, in one line; in a shell it gives that very recipe again."""
     try:
-        changes = flatten(Recipe.from_dict(recipe).changes())
+        changes = flatten(Recipe.recorded(recipe).changes())
     except (InputError, TypeError) as error:
         return f"# not a recipe of this version: {' '.join(str(error).split())}"
     words = ["rb-noisy", "train"]
@@ -303,7 +307,7 @@ def _figure_lines(name: str, figures: dict[str, Any]) -> list[list[str]]:
     """A line for every accuracy among the figures of an evaluation, wherever it stands among them."""
     eps = figures.get("eps")
     setting = [dataset_title(str(figures.get("dataset", MISSING))), figures.get("split")]
-    setting += [f"{figures.get('n')} of {figures['of']}" if "of" in figures else figures.get("n"), figures.get("seed")]
+    setting += [images_of(figures) if "of" in figures else figures.get("n"), figures.get("seed")]
     setting += [None if eps is None else eps_label(eps)]
     setting += [None if figures.get("alpha") is None else f"{figures['alpha']:.4g}", figures.get("steps")]
     setting += [figures.get("date")]

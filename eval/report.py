@@ -20,6 +20,7 @@ from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256
 from rb_noisy.recipes import Recipe, flatten
 from rb_noisy.runs import CHECKPOINTS, Run
+from rb_noisy.subsets import DRAWN, images_of
 
 SEEDS = ("seed", "noise_seed")  # runs that differ only in these are repetitions of one another
 # What a published figure carries: in the caption where it is the same for all rows, a column where it is not.
@@ -77,11 +78,11 @@ def sglr_report(runs: Sequence[Run], against: str | None = None) -> Report:
     groups.append(Group("pgd", "PGD-20" if evaluated else f"{tracked} (tracked)", names))
     chosen = sorted({"validation" if run.recipe.validation else "test" for run in runs})
     notes = [f"Best: the epoch of highest tracked robust accuracy on the {' or '.join(chosen)} images"]
-    if counts := [results[path][which]["pgd-20"]["n"] for path in evaluated for which in CHECKPOINTS]:
-        notes.append(f"Natural and PGD-20 (α = ε/4, final iterate) on {_span(counts)} test images")
-    if counts := [r["autoattack"]["n"] for found in results.values() for r in found.values() if "autoattack" in r]:
+    if figures := [results[path][which]["pgd-20"] for path in evaluated for which in CHECKPOINTS]:
+        notes.append(f"Natural and PGD-20 (α = ε/4, final iterate) on {_images(figures)}")
+    if figures := [r["autoattack"] for found in results.values() for r in found.values() if "autoattack" in r]:
         groups.append(Group("autoattack", "AutoAttack", names))
-        notes.append(f"AutoAttack on {_span(counts)} test images")
+        notes.append(f"AutoAttack on {_images(figures)}")
     if against is not None:
         rows, values = _less(rows, values, against)
         notes.insert(0, LESS.format(against))
@@ -246,7 +247,10 @@ def _report(
         (noise,) = set(columns.pop("Noise"))
         caption.append("clean labels" if noise == "none" else f"{noise} label noise")
     said = {*varying, *unsaid} | (set() if recipes[0].validation else {"validation"})
-    caption += [SETTING[name].format(_text(name, _value(recipes[0], name))) for name in SETTING if name not in said]
+    settings = {n: text.format(_text(n, _value(recipes[0], n))) for n, text in SETTING.items() if n not in said}
+    if "train_size" in settings and "train_images" not in varying:
+        settings["train_size"] = recipes[0].trained_on
+    caption += settings.values()
     for name in SEEDS:
         seeds = sorted({getattr(run.recipe, name) for row in rows for run in row})
         if name == "seed" or len(seeds) > 1:
@@ -290,6 +294,8 @@ def _value(recipe: Recipe, name: str) -> Any:
 def _text(name: str, value: Any) -> str:
     if value is None or (name == "track" and not value):
         return "all" if name in ("train_size", "track") else MISSING
+    if name == "train_images":
+        return "drawn by class" if value == DRAWN else "the first"
     if name == "data":
         return dataset_title(dataset_label(value))
     if name in ("eps", "alpha"):
@@ -300,6 +306,13 @@ def _text(name: str, value: Any) -> str:
 def _noise(recipe: Recipe) -> str:
     bare = recipe.noise == "none" or recipe.noise_rate is None
     return recipe.noise if bare else f"{recipe.noise} {recipe.noise_rate:g}"
+
+
+def _images(figures: Sequence[dict[str, Any]]) -> str:
+    """Which test images figures are of, where that is the same for all; else how many."""
+    if all("of" in f for f in figures) and len(words := {images_of(f) for f in figures}) == 1:
+        return words.pop().replace("images", "test images")
+    return f"{_span([f['n'] for f in figures])} test images"
 
 
 def _span(counts: Iterable[int]) -> str:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rb_noisy.data import image_files, npz_images, open_npz, pixels, read_image
+from rb_noisy.data import npz_images, open_npz, pixels
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 from rb_noisy.forward import ask, checked_images, device_of, outside_inference, warn_of_masked, warn_of_spoiled
 from rb_noisy.geometry import resistance
+from rb_noisy.image_files import read_images, some_image_files
 from rb_noisy.measures import wilson_interval
 from rb_noisy.radius import radius, step_size
 
@@ -174,10 +175,10 @@ def _check_calibrator(calibrator: Calibrator, model: nn.Module, **settings: floa
 def load_images(source: str) -> tuple[Tensor, tuple[str, ...] | None]:
     """Unlabelled images (N, C, H, W) in [0, 1], and their file names if each has a file.
 
-    * `npz:FILE`: the array `x`, else `x_test`, of shape (N, H, W) or (N, H, W, C), uint8 or float in [0, 1];
+    * `npz:FILE`: the array `x`, else `x_test`, as `rb_noisy.load_data` takes them;
     * `imagefolder:DIR`: the images below DIR/test, whose class folders are not looked at;
     * a folder: the images in it and below, in the order of their names.
-    Images in files are 8-bit and of one size; one channel if every image is greyscale, else RGB.
+    Images in files are read as those of `rb_noisy.load_data`.
 
     Raises:
         InputError: nothing there, or images in another form.
@@ -188,15 +189,8 @@ def load_images(source: str) -> tuple[Tensor, tuple[str, ...] | None]:
     folder = Path(place).expanduser() / "test" if kind == "imagefolder" and place else Path(source).expanduser()
     if not folder.is_dir():
         raise InputError(f"images {source!r}: {folder} is no folder; give a folder, npz:FILE or imagefolder:DIR")
-    paths = image_files(folder)
-    images = [read_image(path) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape[:2] != images[0].shape[:2]:
-            (height, width), (h, w) = image.shape[:2], images[0].shape[:2]
-            raise InputError(f"{path} is {width}x{height} but {paths[0]} is {w}x{h}: resize all images to one size")
-    channels = max(image.shape[2] for image in images)
-    x = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2)
-    return pixels(x).contiguous(), tuple(path.relative_to(folder).as_posix() for path in paths)
+    paths = some_image_files(folder)
+    return pixels(read_images(paths)).contiguous(), tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _from_npz(path: Path) -> Tensor:

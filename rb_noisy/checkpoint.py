@@ -67,8 +67,10 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         averager: Averager | None,
         record: SampleRecord,
+        data: tuple[str, str],
     ):
-        self.file, self.accelerator = file, accelerator
+        """`data`: the name of the data set, and the digest of the images and labels that the run is on."""
+        self.file, self.accelerator, self.data = file, accelerator, data
         self.model, self.optimizer, self.averager, self.record = model, optimizer, averager, record
 
     def save(self, progress: Progress) -> None:
@@ -93,6 +95,7 @@ class Checkpoint:
         header = {name: repr(value) for name, value in (header | {"best": progress.best}).items()}
         if progress.threads is not None:
             header["threads"] = str(progress.threads)
+        header["data_sha256"] = self.data[1]
         if progress.plan is not None:
             header["plan"] = json.dumps(progress.plan)
         save_tensors(tensors, self.file, header)
@@ -101,13 +104,20 @@ class Checkpoint:
         """Restore every object, and say where the run goes on.
 
         Raises:
-            InputError: the file is damaged or of another run, or the run's metrics are gone.
+            InputError: the file is damaged or of another run, the run's metrics are gone, or its images or labels have
+                changed (which a file of an earlier version cannot tell).
         """
         groups, header = load_groups(self.file, ("best",))
         if missing := {"epochs_done", "samples_done", "seconds"} - header.keys():
             raise InputError(
                 f"{self.file} was written by another version (no {min(missing)}); finish the run with that one, or "
                 "delete the file to start over"
+            )
+        name, digest = self.data
+        if header.get("data_sha256", digest) != digest:
+            raise InputError(
+                f"the images or labels of {name} are not those that {self.file} was trained on; put them back, or "
+                "train into another folder"
             )
         epoch, done = int(header["epochs_done"]), int(header["samples_done"])
         lines = len(read_metrics(self.file.parent))

@@ -110,7 +110,7 @@ def train(
             from model_zoo.registry import read_card
 
             card = read_card(like, zoo)
-            values = based_on(Recipe.from_dict(card["recipe"]), values)
+            values = based_on(Recipe.recorded(card["recipe"]), values)
             if threads is None and len(same := card["training"].get("threads", [])) == 1:
                 threads = same[0]  # on which its weights depend bit by bit
         elif resume and not values:
@@ -118,6 +118,8 @@ def train(
                 raise InputError(f"{out} holds no run to resume; check --out, or leave out --resume to begin one")
             values = Run.open(out).recipe.to_dict()
         chosen = Recipe.from_dict(values)
+        if chosen.train_size is not None:
+            console.print(f"trained on: {chosen.trained_on}", soft_wrap=True)
         with progress_bar() as bar:
             task = bar.add_task("epoch 1", total=None)
 

@@ -12,6 +12,7 @@ import numpy as np
 from rb_noisy.data import Dataset, to_bytes
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, only_changer
+from rb_noisy.training_data import check_training_images
 
 NEEDED = ("index", "given", "label")
 
@@ -26,6 +27,7 @@ def apply_corrections(data: Dataset, path: str | Path, files: Sequence[str] | No
     Raises:
         InputError: the file cannot be used, or was not made for these labels in this order; nothing is corrected then.
     """
+    check_training_images(data)
     path, names = Path(path), data.class_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -26,14 +26,17 @@ from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, md5_of
+from rb_noisy.image_files import read_images, split_files
+from rb_noisy.pickles import holds_pickle, pickle_advice
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
     """A data set in memory.
 
-    `x_train`, `x_test`: (N, C, H, W) float32 in [0, 1]. `y_train`, `y_test`: (N,) int64 in 0..K-1.
-    `class_names`: the K names, in label order.
+    `x_train`, `x_test`: (N, C, H, W) float32 in [0, 1]; x_train may be empty. `y_train`, `y_test`: (N,) int64 in
+    0..K-1. `class_names`: the K names, in label order. `train_index`: (N,) int64, which of all its training images
+    x_train are; None for all.
     """
 
     name: str
@@ -42,6 +45,12 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     class_names: tuple[str, ...]
+    train_index: Tensor | None = None
+
+    @property
+    def train_numbers(self) -> Tensor:
+        """(N,) int64, the number of each of x_train among all training images."""
+        return torch.arange(len(self.x_train)) if self.train_index is None else self.train_index
 
     @property
     def num_classes(self) -> int:
@@ -127,9 +136,13 @@ def load_data(name: str, root: str | os.PathLike | None = None, *, download: boo
       `data_root(root)` unless there already. The CIFARs are also read from a folder that others extracted there:
       torchvision's `cifar-10-batches-py` or `cifar-100-python`, or `cifar-10-batches-bin`.
     * `npz:FILE`: arrays x_train, y_train, x_test, y_test as Keras writes them: x uint8, or float in [0, 1], of shape
-      (N, H, W) or (N, H, W, C); y integers 0..K-1 of shape (N,) or (N, 1); `class_names` (K,) if there.
+      (N, H, W), (N, H, W, C) or (N, C, H, W); y integers 0..K-1 of shape (N,) or (N, 1); `class_names` (K,) if there.
     * `imagefolder:DIR`: 8-bit images of one size in train/<class>/ and test/<class>/, classes in the order of their
-      folder names; one channel if every image is greyscale, else RGB.
+      folder names, of which some may have no test images; one channel if every image is greyscale, else RGB. They are
+      turned the way up that their EXIF data say; what is transparent is put on white. Hidden files and folders are left
+      out, see `rb_noisy.image_files`.
+
+    x_test and y_test alone, or the folder test alone, do for evaluation: x_train is then empty, (0, C, H, W).
 
     A relative FILE or DIR is looked for in the working folder first, then in `data_root(root)`.
     With `download=False` the network is never touched.
@@ -169,6 +182,8 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     """Open an .npz file without pickle; whatever is wrong with it, also while it is read, is an `InputError`."""
     if not path.is_file():
         raise InputError(f"there is no file {path}: check the path")
+    if path.suffix == ".npy" and holds_pickle(path):
+        raise InputError(pickle_advice(path))
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is no .npz file or is damaged: write it again with numpy.savez")
     try:
@@ -292,32 +307,42 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 
 def _npz(name: str, path: Path) -> Dataset:
-    keys = ("x_train", "y_train", "x_test", "y_test")
     with open_npz(path) as file:
+        splits = [split for split in ("train", "test") if split == "test" or {"x_train", "y_train"} & set(file.files)]
+        keys = [f"{kind}_{split}" for split in splits for kind in ("x", "y")]
         if missing := [key for key in keys if key not in file]:
-            raise InputError(f"{path} has no array {missing[0]!r}: it holds {file.files}, and needs {list(keys)}")
+            raise InputError(
+                f"{path} has no array {missing[0]!r}: it holds {file.files}, and needs x_test and y_test, for training "
+                "also x_train and y_train"
+            )
         # A zip member that is no array comes back as bytes.
         arrays = {key: np.asarray(file[key]) for key in (*keys, "class_names") if key in file}
-    x = {split: npz_images(f"x_{split} of {path}", arrays[f"x_{split}"]) for split in ("train", "test")}
-    y = {split: _npz_labels(f"y_{split} of {path}", arrays[f"y_{split}"]) for split in ("train", "test")}
-    for split in ("train", "test"):
+    x = {split: npz_images(f"x_{split} of {path}", arrays[f"x_{split}"]) for split in splits}
+    y = {split: _npz_labels(f"y_{split} of {path}", arrays[f"y_{split}"]) for split in splits}
+    for split in splits:
         if len(x[split]) != len(y[split]):
             raise InputError(f"{path} has {len(x[split])} images in x_{split} but {len(y[split])} labels in y_{split}")
-    shapes = [list(x[split].shape[1:]) for split in ("train", "test")]
-    if shapes[0] != shapes[1]:
+    shapes = [list(x[split].shape[1:]) for split in splits]
+    if shapes[0] != shapes[-1]:
         raise InputError(f"{path} has train images of (C, H, W) {shapes[0]} but test images of {shapes[1]}: one size")
-    names = arrays.get("class_names")
-    if names is None:
-        names = np.arange(int(y["train"].max()) + 1)
-        if absent := set(names.tolist()) - set(y["train"].tolist()):
-            raise InputError(
-                f"y_train of {path} has no label {min(absent)}: number the classes 0..K-1 or add class_names"
-            )
+    names = _npz_names(path, y, arrays.get("class_names"))
+    x_train, y_train = x.get("train", x["test"][:0]), y.get("train", y["test"][:0])
+    return Dataset(name, x_train, y_train, x["test"], y["test"], names)
+
+
+def _npz_names(path: Path, y: dict[str, Tensor], names: np.ndarray | None) -> tuple[str, ...]:
+    """The names of the classes that all labels, {split: (N,)}, are of; their numbers where the file has none."""
     largest = max(int(labels.max()) for labels in y.values())
+    if names is None:
+        names = np.arange(largest + 1)
+        split = next(iter(y))  # a class that only the test images have is rather an error in their numbers
+        if absent := set(names.tolist()) - set(y[split].tolist()):
+            raise InputError(
+                f"y_{split} of {path} has no label {min(absent)}: number the classes 0..K-1 or add class_names"
+            )
     if names.ndim != 1 or largest >= len(names):
         raise InputError(f"{path} has label {largest} but class_names of shape {names.shape}: give one name per class")
-    class_names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
-    return Dataset(name, x["train"], y["train"], x["test"], y["test"], class_names)
+    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
 
 
 def _npz_labels(what: str, y: np.ndarray) -> Tensor:
@@ -329,10 +354,23 @@ def _npz_labels(what: str, y: np.ndarray) -> Tensor:
 
 
 def npz_images(what: str, x: np.ndarray) -> Tensor:
-    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] > 4) or x.size == 0:
-        raise InputError(f"{what} has shape {x.shape}: give (N, H, W) or (N, H, W, C) with C up to 4")
-    # Channels first before the copy to float, so that the result is contiguous.
-    x = np.ascontiguousarray((x[..., None] if x.ndim == 3 else x).transpose(0, 3, 1, 2))
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1], as (N, C, H, W) float32.
+
+    Raises `InputError`, which calls them `what`, for anything else, and where either axis may be that of the channels.
+    """
+    channels_last = x.ndim == 3 or (x.ndim == 4 and 1 <= x.shape[3] <= 4)
+    # An axis of 4 is rather the height than RGBA beside one of fewer channels.
+    channels_first = x.ndim == 4 and x.shape[1] in ((1, 3) if channels_last else (1, 3, 4))
+    if not (channels_last or channels_first) or x.size == 0:
+        raise InputError(f"{what} has shape {x.shape}: give (N, H, W), or (N, H, W, C) or (N, C, H, W) with C up to 4")
+    if channels_last and channels_first:
+        raise InputError(
+            f"{what} has shape {x.shape}, whose channels may be the second axis or the last: if they are the second, "
+            "give x.transpose(0, 2, 3, 1); if they are the last, images this small cannot be read, so pad them"
+        )
+    if channels_last:
+        x = (x[..., None] if x.ndim == 3 else x).transpose(0, 3, 1, 2)
+    x = np.ascontiguousarray(x)  # before the copy to float, so that the result is contiguous
     if x.dtype == np.uint8:
         return pixels(x)
     if x.dtype.kind != "f":
@@ -343,55 +381,15 @@ def npz_images(what: str, x: np.ndarray) -> Tensor:
 
 
 def _imagefolder(name: str, folder: Path) -> Dataset:
-    train, test = (class_folders(folder / split) for split in ("train", "test"))
-    if odd := {c.name for c in train} ^ {c.name for c in test}:
-        raise InputError(f"train and test of {folder} need the same class folders: only one has {sorted(odd)}")
-    files = {split: [image_files(c) for c in folders] for split, folders in (("train", train), ("test", test))}
-    images: list[np.ndarray] = []
-    paths = [file for split in files.values() for of_class in split for file in of_class]
-    for path in paths:
-        images.append(read_image(path))
-        if images[-1].shape[:2] != images[0].shape[:2]:
-            (height, width), (h, w) = images[-1].shape[:2], images[0].shape[:2]
-            raise InputError(f"{path} is {width}x{height} but {paths[0]} is {w}x{h}: resize all images to one size")
-    channels = max(image.shape[2] for image in images)
-    x = pixels(np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images]).transpose(0, 3, 1, 2))
-    y_train, y_test = (torch.tensor([c for c, of_class in enumerate(s) for _ in of_class]) for s in files.values())
+    files, names = split_files(folder)
+    paths = [file for of_class in (*files["train"], *files["test"]) for file in of_class]
+    x = pixels(read_images(paths))
+    y_train, y_test = (
+        torch.tensor([c for c, of_class in enumerate(files[split]) for _ in of_class], dtype=torch.int64)
+        for split in ("train", "test")
+    )
     n = len(y_train)
-    return Dataset(name, x[:n].contiguous(), y_train, x[n:].contiguous(), y_test, tuple(c.name for c in train))
-
-
-def class_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}: an imagefolder has train/<class>/ and test/<class>/")
-    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise InputError(f"{folder} has no class folders: put the images of each class into a folder of its own")
-    return folders
-
-
-def image_files(folder: Path) -> list[Path]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
-    if not files:
-        raise InputError(f"class folder {folder} has no image: add some ({', '.join(IMG_EXTENSIONS)}) or remove it")
-    return files
-
-
-def read_image(file: Path) -> np.ndarray:
-    """(H, W, 1) uint8 for a greyscale image, else (H, W, 3)."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise InputError(f"image {file} has more than 8 bits per channel (mode {image.mode}): convert it")
-            return np.asarray(image)[..., None] if image.mode == "L" else np.asarray(image.convert("RGB"))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {file} is damaged or in no known format ({error}): replace or remove it") from error
+    return Dataset(name, x[:n].contiguous(), y_train, x[n:].contiguous(), y_test, names)
 
 
 _NAMED = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar, "cifar100": _cifar, "cifar100-coarse": _cifar}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rb_noisy.data import open_npz
 from rb_noisy.errors import InputError
+from rb_noisy.pickles import holds_pickle, pickle_advice
 
 ROW_SUM_TOLERANCE = 1e-6
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
@@ -64,8 +65,9 @@ def read_labels(
 
     `key` may leave out CIFAR-N's `_label`: `worse` finds worse_label, `random1` finds random_label1.
     Returns (N,) int64 labels and the options that name them again, `key` in full.
-    Raises `InputError` for a file that cannot be used, and where its `clean_label` differs from `true`: CIFAR-N exists
-    in the order of torchvision (also that of the official binary files) and in that of TFDS.
+    Raises `InputError` for a file that cannot be used, and where its `clean_label` (of CIFAR-100N's coarse labels its
+    `clean_coarse_label`) differs from `true`: CIFAR-N exists in the order of torchvision (also that of the official
+    binary files) and in that of TFDS.
     """
     if not file:
         raise InputError("noise 'human' needs file=, a .npy, .npz, .txt or .csv file of one label per sample")
@@ -77,7 +79,7 @@ def read_labels(
         with open_npz(path) as arrays:
             chosen = _array_name(path, key, arrays.files)
             values = arrays[chosen]
-            if clean_name := _find("clean_label", arrays.files):
+            if clean_name := _find("clean_coarse_label" if "coarse" in chosen else "clean_label", arrays.files):
                 clean = arrays[clean_name]
         key = key and chosen
     elif path.suffix == ".npy":
@@ -90,12 +92,7 @@ def read_labels(
             except ValueError:
                 raise InputError(f"line {number} of label file {path} is {line!r}: one integer per line") from None
     elif path.suffix in _PICKLES:
-        npz = path.with_suffix(".npz").name
-        raise InputError(
-            f"label file {path} is a pickle and no pickle is read, since that runs whatever code is in it: at your own "
-            f"risk write {npz} by `import numpy, torch; numpy.savez({npz!r}, **torch.load({path.name!r}, "
-            "weights_only=False))` and give that"
-        )
+        raise InputError(f"label file {pickle_advice(path)}")
     else:
         raise InputError(f"label file {path} is of no known kind: give .npy, .npz, .txt or .csv (no pickle is read)")
     given = check_labels(values, num_classes, f"label file {path}")
@@ -164,11 +161,14 @@ def _check_order(path: Path, name: str, clean: Tensor, true: Tensor) -> None:
         raise InputError(
             f"{name} of {path} is {int(clean[first])} at index {first} where the data set has {int(true[first])} "
             f"({len(different)} of {len(true)} differ), so its samples are in another order (CIFAR-N exists in "
-            "torchvision's and in TFDS's): give the file in the order of the data set"
+            "torchvision's and in TFDS's) or its classes are others (CIFAR-100N has fine and coarse ones): give the "
+            "file in the order of the data set, and the set of its classes"
         )
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    if holds_pickle(path):
+        raise InputError(pickle_advice(path))
     try:
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)

@@ -114,6 +114,7 @@ class OutOfFold:
         fold: (N,) int64, which model that was.
         class_names: names of the K classes.
         recipe: what each model was trained by, on the data set it names less one fold.
+        index: (N,) int64, which of the data set's training images they are; None for all, or the first N.
     """
 
     given: Tensor
@@ -122,6 +123,7 @@ class OutOfFold:
     fold: Tensor
     class_names: tuple[str, ...]
     recipe: Recipe
+    index: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -130,7 +132,8 @@ class OutOfFold:
         return -own.clamp_min(torch.finfo(torch.float64).tiny).log()
 
     def save(self, path: str | Path) -> None:
-        arrays = {name: getattr(self, name).numpy() for name in ("given", "probabilities", "kappa", "fold")}
+        tensors = {name: getattr(self, name) for name in ("given", "probabilities", "kappa", "fold", "index")}
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
         recipe = json.dumps(self.recipe.to_dict())
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, class_names=np.array(self.class_names), recipe=np.array(recipe), **arrays)
@@ -140,8 +143,9 @@ class OutOfFold:
         """Read what `save` wrote. Raises `InputError` for a file that is missing, damaged or another's."""
         with open_npz(Path(path)) as file:
             arrays = [torch.from_numpy(file[name]) for name in ("given", "probabilities", "kappa", "fold")]
-            recipe = Recipe.from_json(str(file["recipe"]), str(path))
-            return cls(*arrays, tuple(file["class_names"].tolist()), recipe)
+            recipe = Recipe.recorded(json.loads(str(file["recipe"])))
+            index = torch.from_numpy(file["index"]) if "index" in file else None
+            return cls(*arrays, tuple(file["class_names"].tolist()), recipe, index)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -149,7 +153,7 @@ class LabelIssues:
     """The samples of a training set, the most suspicious label first; all tensors (N,) in that order.
 
     Attributes:
-        index: int64, which training sample.
+        index: int64, which of the data set's training samples, also where a run had a part of them.
         given, suggested: int64, the label it has and the one the model would give it.
         kappa: float64, (mean) κ against the given label, 0..steps (small = suspicious), NaN where nothing attacked.
         loss: float64, (mean) cross entropy with the given label (large = suspicious).
@@ -202,17 +206,19 @@ def find_label_issues(
     if isinstance(source, OutOfFold):
         values, rate = scores(source, score), estimate_noise_rate(source)
         columns = (source.given, source.probabilities.argmax(1), source.kappa.double(), source.loss, values)
-        return _ranked(columns, rate, source.class_names)
+        return _ranked(columns, rate, source.class_names, source.index)
     run = source if isinstance(source, Run) else Run.open(source)
     history = run.history()
-    given = training_set(run.recipe, data_root)[1].given
+    data, labels = training_set(run.recipe, data_root)
+    given = labels.given
     if len(given) != history.kappa.shape[1]:
         raise InputError(f"{run.path} saw {history.kappa.shape[1]} samples but {run.recipe.data} has {len(given)} now")
     values, loss = scores(history, score, window), loss_score(history, window)
     attacked = (history.kappa >= 0).any()
     kappa = -kappa_score(history, window) if attacked else torch.full_like(loss, torch.nan)
     rate = estimate_noise_rate(history, given, window)
-    return _ranked((given, suggested_labels(history, window), kappa, loss, values), rate, run.class_names)
+    columns = (given, suggested_labels(history, window), kappa, loss, values)
+    return _ranked(columns, rate, run.class_names, data.train_index)
 
 
 def scores(source: History | OutOfFold, score: str, window: Window = None) -> Tensor:
@@ -290,7 +296,7 @@ def out_of_fold(
         attack = {"alpha": recipe.track_alpha, "steps": recipe.track_steps}  # fast training attacks in one step
         attack |= {"eps": recipe.eps, "norm": recipe.norm, "seed": recipe.seed}
         kappa[held_out] = measure_kappa(model, x, y, check=False, **attack)
-    return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe)
+    return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe, data.train_index)
 
 
 def _write_fold(file: Path, data: Dataset, given: Tensor, held_out: Tensor) -> None:
@@ -363,11 +369,14 @@ def _rate_from_probabilities(probabilities: Tensor, given: Tensor) -> float:
     return (wrong_share * members * (joint.sum(1) > 0)).sum().item() / len(given)
 
 
-def _ranked(columns: tuple[Tensor, ...], noise_rate: float, class_names: tuple[str, ...]) -> LabelIssues:
+def _ranked(
+    columns: tuple[Tensor, ...], noise_rate: float, class_names: tuple[str, ...], index: Tensor | None
+) -> LabelIssues:
     score = columns[-1]
     order = score.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
     order = order[~score[order].isnan()]
-    return LabelIssues(order, *(column[order] for column in columns), noise_rate, class_names)
+    number = order if index is None else index[order]
+    return LabelIssues(number, *(column[order] for column in columns), noise_rate, class_names)
 
 
 def _checked(probabilities: Any, given: Any) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rb_noisy.errors import InputError, make_named, unknown_name
 from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
 from rb_noisy.radius import parse_radius, radius, step_size
+from rb_noisy.subsets import DRAWN, FIRST, kind_of
 from rb_noisy.targets import EPOCH_SHARES, TARGETS, TAUGHT, Targets, make_targets
 from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
@@ -84,7 +85,9 @@ class Recipe:
 
     Attributes:
         data: a name for `rb_noisy.data.load_data`.
-        train_size: train on the first this many training images only; None for all.
+        train_size: train on this many training images only; None for all.
+        train_images: which those are, "first" or "drawn" by class (with seed 0, so that all runs have the same). None
+            for the first of a benchmark, whose order is random, and drawn of npz: and imagefolder:.
         noise, noise_rate, noise_seed, noise_options: label noise, see `rb_noisy.corrupt`; "human:FILE:SET" is short for
             "human" with the options file and key.
         backbone, backbone_options: a timm name (ours or any) and its own options.
@@ -116,6 +119,7 @@ class Recipe:
 
     data: str
     train_size: int | None = None
+    train_images: str | None = None
     noise: str = "none"
     noise_rate: float | None = None
     noise_seed: int = 0
@@ -180,6 +184,8 @@ class Recipe:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.train_images is None or (self.train_size is None and self.train_images == DRAWN):
+            object.__setattr__(self, "train_images", FIRST if self.train_size is None else kind_of(self.data))
         if self.track_alpha is None:
             object.__setattr__(self, "track_alpha", self.alpha)
         self._check_milestones()
@@ -246,6 +252,7 @@ class Recipe:
                 bound = "above 0" if name in positive else "of at least 0"
                 raise InputError(f"recipe: {name} is {value}; give a number {bound}")
         for name, known in (
+            ("train_images", (FIRST, DRAWN)),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("norm", ("Linf", "L2")),
@@ -284,6 +291,15 @@ class Recipe:
     def parts(self) -> tuple[str, ...]:
         """What the method composes with its objective."""
         return tuple(self.method.split("+")[1:])
+
+    @property
+    def trained_on(self) -> str:
+        """Which training images, in words."""
+        if self.train_size is None:
+            return "all training images"
+        if self.train_images == DRAWN:
+            return f"{self.train_size} training images drawn by class"
+        return f"first {self.train_size} training images"
 
     def _part(self, kind: str) -> str | None:
         return next((part for part in self.parts if part in PARTS[kind]), None)
@@ -366,6 +382,11 @@ class Recipe:
         if "data" not in values:
             raise InputError("the recipe names no data set; give --data, or the field data")
         return cls(**values)
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe in the record of a run or in a card; one that is older than `train_images` took the first."""
+        return cls.from_dict({"train_images": FIRST} | values)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the recipe") -> Recipe:

@@ -74,7 +74,7 @@ class Run:
             raise InputError(f"{path} is no run folder: it has no run.json; name the folder that `train` wrote")
         try:
             values = json.loads(description.read_text(encoding="utf-8"))
-            recipe = Recipe.from_dict(values["recipe"])
+            recipe = Recipe.recorded(values["recipe"])
             model_options, class_names = values["model_options"], tuple(values["class_names"])
             shape = values.get("image_shape", SHAPES.get(recipe.data))
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -10,7 +10,7 @@ from rb_noisy.sweep import differing
 
 BESIDE = "../"  # begins the name of a teacher whose run folder lies beside its student's
 # What a teacher must have in common with its student: one that saw other labels would tell them.
-TRAINED_ON = ("data", "train_size", "noise", "noise_rate", "noise_seed", "noise_options")
+TRAINED_ON = ("data", "train_size", "train_images", "noise", "noise_rate", "noise_seed", "noise_options")
 
 
 def with_teachers(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
@@ -53,7 +53,7 @@ def _of_the_zoo(method: str, student: Recipe) -> str | None:
     from model_zoo.registry import read_cards
 
     cards = (card for card in read_cards() if card["method"] == method)
-    return next((card["name"] for card in cards if _trained_alike(Recipe.from_dict(card["recipe"]), student)), None)
+    return next((card["name"] for card in cards if _trained_alike(Recipe.recorded(card["recipe"]), student)), None)
 
 
 def _trained_alike(one: Recipe, other: Recipe) -> bool:

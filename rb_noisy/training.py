@@ -37,7 +37,7 @@ from rb_noisy.data import Dataset, from_bytes, to_bytes
 from rb_noisy.device import gather, to_device
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
-from rb_noisy.files import atomic_path, only_writer, remove_left_by_killed, write_json
+from rb_noisy.files import atomic_path, only_writer, remove_left_by_killed, tensors_digest, write_json
 from rb_noisy.placement import SECONDS_TO_END, Threads, bf16_slowdown
 from rb_noisy.processes import MEETING, be_patient, leave_group_at_exit, lost_process
 from rb_noisy.recipes import Recipe
@@ -155,9 +155,11 @@ class _Trainer:
         targets = recipe.make_targets()
 
         data, labels = training_set(recipe, data_root)
-        x, y = to_bytes(data.x_train).to(self.device), labels.given.to(self.device)
+        images = to_bytes(data.x_train)
+        tested = [("x_test", to_bytes(data.x_test)), ("y_test", data.y_test)]
+        digest = tensors_digest([("x_train", images), ("given", labels.given), *tested])
+        x, y = images.to(self.device), labels.given.to(self.device)
         self.tracker = Tracker(recipe, data, labels, _seed)
-        self._check_batches()
 
         torch.manual_seed(_seed(recipe.seed, 0))
         statistics = _statistics(data.x_train) if recipe.normalize else {}
@@ -172,6 +174,7 @@ class _Trainer:
         }
         self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
         self._try_forward(data)
+        self.least = self._check_batches()
         # What Accelerate makes of the network cannot be copied.
         objective = recipe.make_objective()
         attacks = objective.attack_loss is not None and not objective.trains_start
@@ -205,7 +208,8 @@ class _Trainer:
             *(self.averager, teachers, self.record, x, y),
         )
         state = path / "state.safetensors"
-        self.checkpoint = Checkpoint(state, self.accelerator, self.model, self.optimizer, self.averager, self.record)
+        parts = (self.accelerator, self.model, self.optimizer, self.averager, self.record)
+        self.checkpoint = Checkpoint(state, *parts, data=(data.name, digest))
         self.threads: Threads | None = None
         self.threads_used: set[int] = set()  # in the epoch under way
         self.plan: dict[str, list[str]] | None = None
@@ -374,19 +378,23 @@ class _Trainer:
         """This process' share of each global batch; as many batches, of the same sizes, on every process."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = order[: len(order) // world * world][rank::world]
-        return [batch for batch in own.split(self.recipe.batch_size) if len(batch) > 1]
+        return [batch for batch in own.split(self.recipe.batch_size) if len(batch) >= self.least]
 
-    def _check_batches(self) -> None:
-        """Find out before anything is written that an epoch would have no step."""
-        size, world = self.recipe.batch_size, self.accelerator.num_processes
-        if size > LARGEST_BATCH:
-            raise InputError(f"recipe: batch_size is {size}; give {LARGEST_BATCH} at most")
-        if not self._own_batches(self.tracker.train_index):
-            each = f" for each of {world} processes" if world > 1 else ""
+    def _check_batches(self) -> int:
+        """The samples that a batch needs: BatchNorm has no statistics of one; smaller last batches are left out."""
+        if self.recipe.batch_size > LARGEST_BATCH:
+            raise InputError(f"recipe: batch_size is {self.recipe.batch_size}; give {LARGEST_BATCH} at most")
+        normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        if normed and self.recipe.batch_size == 1:
             raise InputError(
-                f"{len(self.tracker.train_index)} training samples in batches of {size} are too few: a step takes two "
-                f"or more{each}; raise batch_size, or give more samples"
+                f"batch_size is 1, but {self.recipe.backbone!r} has BatchNorm, which normalises over a batch: give 2 "
+                "or more, or a backbone without BatchNorm"
             )
+        count, world, least = len(self.tracker.train_index), self.accelerator.num_processes, 2 if normed else 1
+        if count < least * world:
+            each = f" of a network with BatchNorm, which needs {least} each" if normed else ""
+            raise InputError(f"{count} training samples are too few for {world} processes{each}")
+        return least
 
     def _pause(self, step: int, draws: torch.Generator) -> bool:
         """Write a checkpoint within the epoch if one is due; whether the time is up."""

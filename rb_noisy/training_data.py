@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rb_noisy.data import Dataset, class_folders, image_files, load_data, local_path
+from rb_noisy.data import Dataset, load_data, local_path
 from rb_noisy.errors import InputError
+from rb_noisy.image_files import split_files
 from rb_noisy.noise import NoisyLabels, corrupt
 from rb_noisy.recipes import Recipe
+from rb_noisy.subsets import subset
 
 
 def training_set(recipe: Recipe, data_root: str | Path | None = None) -> tuple[Dataset, NoisyLabels]:
     """The data that a recipe trains on, and the labels it has there: `train_size` images at most.
 
     Raises:
-        InputError: the data set or the label noise cannot be had, or is smaller than `train_size`.
+        InputError: the data set or the label noise cannot be had, or has fewer training images than `train_size`.
     """
     data = load_data(recipe.data, data_root)
+    check_training_images(data)
     # Before the cut, because label files and part-dependent noise are for the whole training set.
     labels = noisy_labels(recipe, data)
     count = recipe.train_size
@@ -25,8 +28,18 @@ def training_set(recipe: Recipe, data_root: str | Path | None = None) -> tuple[D
         return data, labels
     if count > len(data.x_train):
         raise InputError(f"train_size is {count} but {data.name} has {len(data.x_train)} training images")
-    data = replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
-    return data, replace(labels, given=labels.given[:count], true=labels.true[:count])
+    index = subset(data.name, data.y_train, count, kind=recipe.train_images).index
+    data = replace(data, x_train=data.x_train[index], y_train=data.y_train[index], train_index=index)
+    return data, replace(labels, given=labels.given[index], true=labels.true[index])
+
+
+def check_training_images(data: Dataset) -> None:
+    """Raise `InputError` where a data set has test images alone."""
+    if not len(data.x_train):
+        raise InputError(
+            f"{data.name} has test images alone, enough to evaluate on: add training images (x_train and y_train of an "
+            ".npz file, the folder train of an image folder)"
+        )
 
 
 def noisy_labels(recipe: Recipe, data: Dataset) -> NoisyLabels:
@@ -50,7 +63,6 @@ def training_files(data: str, data_root: str | Path | None = None) -> tuple[Path
     kind, _, place = data.partition(":")
     if kind != "imagefolder":
         return None
-    folder = local_path(place, data_root) / "train"
-    return folder, [
-        file.relative_to(folder).as_posix() for group in class_folders(folder) for file in image_files(group)
-    ]
+    folder = local_path(place, data_root)
+    files, train = split_files(folder)[0]["train"], folder / "train"
+    return train, [file.relative_to(train).as_posix() for of_class in files for file in of_class]

@@ -184,13 +184,13 @@ def test_a_csv_that_cannot_be_whole_is_not_written(tmp_path):
 
 
 def test_images_come_from_arrays(tmp_path):
-    pixels = np.arange(2 * 3 * 4 * 3).reshape(2, 3, 4, 3).astype(np.uint8)
+    pixels = np.arange(2 * 5 * 4 * 3).reshape(2, 5, 4, 3).astype(np.uint8)
     np.savez(tmp_path / "a.npz", x=pixels, x_test=pixels[:1])
     x, files = load_images(f"npz:{tmp_path / 'a.npz'}")
     assert files is None
     np.testing.assert_allclose(x, pixels.transpose(0, 3, 1, 2) / 255, atol=1e-6)
     np.savez(tmp_path / "b.npz", x_test=pixels[..., 0] / 255)
-    assert load_images(f"npz:{tmp_path / 'b.npz'}")[0].shape == (2, 1, 3, 4)
+    assert load_images(f"npz:{tmp_path / 'b.npz'}")[0].shape == (2, 1, 5, 4)
     np.savez(tmp_path / "c.npz", images=pixels)
     with pytest.raises(InputError, match=r"no array 'x' or 'x_test': it holds \['images'\]"):
         load_images(f"npz:{tmp_path / 'c.npz'}")

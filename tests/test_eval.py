@@ -20,6 +20,7 @@ from model_zoo import registry
 from rb_noisy.attacks import pgd as attack
 from rb_noisy.data import load_data
 from rb_noisy.files import sha256, tensors_digest
+from rb_noisy.subsets import subset
 from rb_noisy.training import train
 
 COUNT = 12
@@ -101,7 +102,8 @@ def test_verdicts_are_kept_per_sample_and_agree_with_the_figures(run, everything
     _, results, out = everything
     data = load_data(run.recipe.data)
     with np.load(out / "pgd-20.npz", allow_pickle=False) as verdicts:
-        assert verdicts["y"].tolist() == data.y_test[:COUNT].tolist()
+        assert verdicts["y"].tolist() == data.y_test[verdicts["index"]].tolist()
+        assert verdicts["index"].tolist() == subset(data.name, data.y_test, COUNT).index.tolist()
         final, any_iterate = verdicts["final_iterate"], verdicts["any_iterate"]
         assert final.mean() == pytest.approx(results["pgd-20"]["final_iterate"]["accuracy"])
         assert not (any_iterate & ~final).any()
@@ -111,7 +113,7 @@ def test_verdicts_are_kept_per_sample_and_agree_with_the_figures(run, everything
         assert not (verdicts["robust"] & (verdicts["broken_by"] != -1)).any()
     with np.load(out / "calibration.npz", allow_pickle=False) as values:
         with torch.no_grad():
-            logits = run.load()(data.x_test[:COUNT])
+            logits = run.load()(data.x_test[values["index"]])
         np.testing.assert_allclose(values["natural_logits"], logits, atol=1e-5)
         assert values["natural_kappa"].min() >= 1, "against its own prediction no sample is wrong at the start"
     assert results["calibration"]["report"]["natural"]["robust"]["share"] == results["autoattack"]["accuracy"]

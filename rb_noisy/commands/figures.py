@@ -107,5 +107,5 @@ def open_sources(name: str, zoo: str | None) -> list[Source]:
             raise InputError(f"{name} holds no run folder (with a run.json); name the folder that `train` wrote")
         return [Source.from_run(Run.open(folder)) for folder in found]
     card = read_card(name, zoo)
-    recipe = Recipe.from_dict(card["recipe"])
+    recipe = Recipe.recorded(card["recipe"])
     return [Source(name, recipe, tuple(card["class_names"]), load=lambda: load_model(name, zoo))]

@@ -13,6 +13,7 @@ from rb_noisy.attacks import pgd
 from rb_noisy.calibration import BLUE, ORANGE, VERMILLION
 from rb_noisy.data import load_data
 from rb_noisy.figures.base import Context, Drawing, NotDrawn, Source, data_title, noise_title
+from rb_noisy.subsets import subset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +33,9 @@ SAMPLES, BATCH, DRAWS = 2000, 250, 10
 def annotators(context: Context) -> list[Drawing]:
     """[NL] Figure 9, one for each kind of label noise that the robust annotator or a PGD-based one was trained with.
 
-    The first 2000 test images at most, each annotator attacked with its own gradients (PGD-20, α = ε/4, random start);
-    mean over 10 random choices of the attacked images, and over runs that differ in their seed.
+    2000 test images at most (the first, of one's own data drawn by class), each annotator attacked with its own
+    gradients (PGD-20, α = ε/4, random start); mean over 10 random choices of the attacked images, and over runs that
+    differ in their seed.
     """
     clean: dict[tuple, dict[str, list[Source]]] = {}
     noisy: dict[tuple, dict[str, list[Source]]] = {}
@@ -41,12 +43,12 @@ def annotators(context: Context) -> list[Drawing]:
         role, recipe = _role(source), source.recipe
         if role is not None:
             where = clean if role in ("standard", "oracle") else noisy
-            data = (recipe.data, recipe.train_size, str(recipe.backbone))
+            data = (recipe.data, recipe.train_size, recipe.train_images, str(recipe.backbone))
             key = (*data, recipe.noise, recipe.noise_rate) if source.noisy else data
             where.setdefault(key, {}).setdefault(role, []).append(source)
     drawings = []
     for key, found in noisy.items():
-        roles = clean.get(key[:3], {}) | found
+        roles = clean.get(key[:4], {}) | found
         if len(roles) == len(ANNOTATORS):
             drawings.append(_drawing({role: roles[role] for role in ANNOTATORS}, context))
     if not drawings:
@@ -70,7 +72,8 @@ def _role(source: Source) -> str | None:
 def _drawing(roles: Mapping[str, Sequence[Source]], context: Context) -> Drawing:
     recipe = roles["robust"][0].recipe
     data = load_data(recipe.data, context.data_root)
-    x, y = data.x_test[:SAMPLES], data.y_test[:SAMPLES]
+    part = subset(recipe.data, data.y_test, min(SAMPLES, len(data.y_test)), context.seed)
+    x, y = data.x_test[part.index], data.y_test[part.index]
     draw = np.random.default_rng(context.seed)
     orders = [draw.permutation(len(x)) for _ in range(DRAWS)]
     lines = {}
@@ -80,7 +83,7 @@ def _drawing(roles: Mapping[str, Sequence[Source]], context: Context) -> Drawing
             context.progress(f"annotators, {source.name}")
             answers.append(_answers(source.load(), x, y, recipe, context.seed))
         lines[role] = accuracy_by_share(answers, SHARES.tolist(), orders)
-    heading = f"{data_title(recipe)}, {noise_title(recipe)}, {recipe.backbone}; {len(x)} test images, PGD-{STEPS}"
+    heading = f"{data_title(recipe)}, {noise_title(recipe)}, {recipe.backbone}; test set, {part.words}, PGD-{STEPS}"
     rows = [
         {"annotator": role, "runs": len(roles[role]), "share": point["share"], "accuracy": point["accuracy"]}
         | dict(zip(("low", "high"), point["interval"], strict=True))

@@ -62,8 +62,7 @@ class Group:
         noise = "clean labels" if self.noise == "none" else f"{self.noise} noise"
         seeds = max(len(line.sources) for line in self.lines)
         mean = f" (mean of up to {seeds} seeds)" if seeds > 1 else ""
-        size = self.recipe.train_size
-        part = "" if size is None else f" (first {size} training images)"
+        part = "" if self.recipe.train_size is None else f" ({self.recipe.trained_on})"
         return f"{data_title(self.recipe)}{part}, {noise}, {' and '.join(map(str, networks))}{mean}"
 
 
@@ -82,7 +81,7 @@ def grouped(sources: Sequence[Source], needs: Sequence[str] = (), methods: int =
     settings: dict[tuple, list[Source]] = {}
     for source in able:
         r = source.recipe
-        settings.setdefault((r.data, r.train_size, r.epochs, r.eps, r.norm), []).append(source)
+        settings.setdefault((r.data, r.train_size, r.train_images, r.epochs, r.eps, r.norm), []).append(source)
     groups = []
     for members in settings.values():
         kinds = list(dict.fromkeys(s.recipe.noise for s in members if s.noisy)) or ["none"]

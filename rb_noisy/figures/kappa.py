@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.attacks import logits_of
+from rb_noisy.data import Dataset
 from rb_noisy.figures.base import (
     CORRECT,
     INCORRECT,
@@ -128,12 +129,12 @@ def gallery(context: Context) -> list[Drawing]:
         index = [random.permutation(np.flatnonzero(labels.given.numpy() == c))[:GALLERY_JUDGED] for c in classes]
         chosen = torch.from_numpy(np.concatenate(index))
         found = _kappa(source.load(), data.x_train[chosen], labels.given[chosen], source, context).numpy()
-        drawings.append(_draw_gallery(source, data.x_train, labels, chosen.numpy(), found, list(classes)))
+        drawings.append(_draw_gallery(source, data, labels, chosen.numpy(), found, list(classes)))
     return drawings
 
 
 def _draw_gallery(
-    source: Source, images: Tensor, labels: Any, index: np.ndarray, found: np.ndarray, classes: list[int]
+    source: Source, data: Dataset, labels: Any, index: np.ndarray, found: np.ndarray, classes: list[int]
 ) -> Drawing:
     from matplotlib.figure import Figure
 
@@ -168,7 +169,7 @@ def _draw_gallery(
                 true, wrong = int(labels.true[sample]), bool(labels.is_wrong[sample])
                 box = ((at + place * cell + 0.03) / width, (top - cell) / height, (cell - 0.06) / width, cell / height)
                 axis = figure.add_axes(box, xticks=[], yticks=[])
-                image = images[sample]
+                image = data.x_train[sample]
                 pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
                 axis.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 for spine in axis.spines.values():
@@ -187,8 +188,9 @@ def _draw_gallery(
                         bbox=plate,
                     )
                 kappa_ = int(found[index == sample][0])
+                number = int(data.train_numbers[sample])
                 rows.append(
-                    {"index": sample, "given": names[label], "true": names[true], "kappa": kappa_, "range": text}
+                    {"index": number, "given": names[label], "true": names[true], "kappa": kappa_, "range": text}
                 )
     return Drawing(f"gallery_{file_part(source)}", figure, rows)
 
@@ -246,7 +248,7 @@ def accuracy_by_kappa(context: Context) -> list[Drawing]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Training samples: index, image, given label, whether it is wrong, natural loss."""
+    """Training samples: index in the whole data set, image, given label, whether it is wrong, natural loss."""
 
     index: Tensor
     x: Tensor
@@ -271,7 +273,7 @@ def _sample(source: Source, model: nn.Module, context: Context) -> _Sample:
                 for xb, yb in zip(x.split(500), y.split(500), strict=True)
             ]
         )
-    return _Sample(index, x, y, labels.is_wrong[index], loss)
+    return _Sample(data.train_numbers[index], x, y, labels.is_wrong[index], loss)
 
 
 def _kappa(model: nn.Module, x: Tensor, y: Tensor, source: Source, context: Context, **changes: Any) -> Tensor:

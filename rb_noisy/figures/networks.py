@@ -29,7 +29,8 @@ def loss_landscapes(context: Context) -> list[Drawing]:
     groups: dict[tuple, list[Source]] = {}
     for source in _with_weights(context):
         r = source.recipe
-        groups.setdefault((r.data, r.train_size, r.noise, r.noise_rate, r.noise_seed), []).append(source)
+        key = (r.data, r.train_size, r.train_images, r.noise, r.noise_rate, r.noise_seed)
+        groups.setdefault(key, []).append(source)
     drawings: list[Drawing] = []
     for sources in groups.values():
         sources = sorted(sources, key=lambda s: (order(s.recipe.method), s.name))
@@ -91,7 +92,7 @@ def features(context: Context) -> list[Drawing]:
     groups: dict[tuple, dict[tuple[str, str], Source]] = {}
     for source in _with_weights(context):
         kind = source.recipe.noise if source.noisy else "none"
-        data = source.recipe.data, source.recipe.train_size
+        data = source.recipe.data, source.recipe.train_size, source.recipe.train_images
         groups.setdefault((data, kind), {}).setdefault((source.recipe.method, source.rate), source)
     drawings = []
     for (data, kind), own in groups.items():

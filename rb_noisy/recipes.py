@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,11 @@ class Recipe:
                 object.__setattr__(self, name, parse_radius(value, f"recipe: {name}"))
         for f in dataclasses.fields(self):
             _check_type(f.name, f.type, getattr(self, f.name))
+        noise, rate = split_noise(self.noise)
+        if rate is not None and self.noise_rate not in (None, rate):
+            raise InputError(f"recipe: noise {self.noise!r} and noise_rate {self.noise_rate} differ; give one of them")
+        object.__setattr__(self, "noise", noise)
+        object.__setattr__(self, "noise_rate", self.noise_rate if rate is None else rate)
         if self.noise.startswith("human:"):
             file, key = split_label_file(self.noise.removeprefix("human:"))
             object.__setattr__(self, "noise", "human")
@@ -385,6 +391,17 @@ def parse_radius(text: str, name: str = "--eps") -> float:
         return float(numerator) / float(denominator) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         raise InputError(f"{name} is {text!r}; give a number such as 0.2 or 8/255") from None
+
+
+def split_noise(text: str) -> tuple[str, float | None]:
+    """Kind and rate of a label noise as tables write it: "symmetric 0.4"; None where there is no rate in it.
+
+    Clean labels are "none", or "clean labels".
+    """
+    if text == "clean labels":
+        return "none", None
+    rated = re.fullmatch(r"([a-z]+) +(\d*\.?\d+)", text)  # no file of human labels, which comes after a colon
+    return (rated[1], float(rated[2])) if rated else (text, None)
 
 
 def _epoch_at(share: float, epochs: int) -> int:

@@ -68,7 +68,7 @@ def show_standing(subject: common.Subject, results: dict[str, Any]) -> None:
     own = next(row for row in rows if row.measured and row.name == card["name"])
     for shown in leaderboard.render_terminal([row for row in rows if row.group == own.group], card["name"]):
         common.console.print(shown)
-    common.console.print(leaderboard.standing(rows, card["name"]))
+    common.console.print(leaderboard.standing(rows, card["name"]), soft_wrap=True)
 
 
 if __name__ == "__main__":

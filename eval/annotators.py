@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from eval import common
 from eval.batches import in_batches
 from eval.leaderboard import FORMATS, MISSING, latex, latex_line, markdown_line
 from model_zoo.registry import eps_label
+from rb_noisy import csv_files
 from rb_noisy.annotation import Answers, accuracy_by_share, annotate, kept_accuracy
 from rb_noisy.attacks import pgd
-from rb_noisy.console import errors
+from rb_noisy.console import errors, print_text
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.figures.annotators import ANNOTATORS, STEPS, shares_figure
 from rb_noisy.files import atomic_path, write_json
@@ -182,10 +182,7 @@ def write_csv(figures: dict[str, Any], out: Path) -> None:
                 by = _flat("by_kappa_", line["by_kappa"]) | _flat("by_confidence_", line["by_confidence"])
                 kept.append(about | plain | by)
     for name, lines in (("annotators.csv", shares), ("annotators-kept.csv", kept)):
-        with atomic_path(out / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, lines[0])
-            writer.writeheader()
-            writer.writerows(lines)
+        csv_files.write_csv(out / name, list(lines[0]), ([line[column] for column in lines[0]] for line in lines))
 
 
 def _flat(prefix: str, line: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +350,7 @@ def main(
             for grid in tables:
                 common.show(grid.title, to_terminal(grid))
         else:
-            print(texts[format])
+            print_text(texts[format] + "\n")
         errors.print(f"tables, figures and plots: {out}/annotators*", soft_wrap=True)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from eval import common
 from eval.budget import attack_for
 from rb_noisy.autoattack import ATTACKS, AutoAttackResult, run_autoattack
+from rb_noisy.console import print_warning
 from rb_noisy.errors import InputError
 from rb_noisy.fast import fast_form
 from rb_noisy.processes import forget_state
@@ -106,7 +107,7 @@ def run(subject: common.Subject, *, seed: int, batch_size: int, out: Path, **opt
         left = len(subject.x) - figures["n"]
         common.console.print(f"not attacked: {left} images; the same command goes on with them", soft_wrap=True)
     for warning in figures["warnings"]:
-        common.console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        print_warning("warning:", warning)
     name = "autoattack" + ("-estimate" if "precision" in figures else "") + ("-subset" if "subset" in figures else "")
     eps = torch.tensor(subject.eps, dtype=torch.float64)
     common.save_verdicts(out, name, subject, **verdicts, eps=eps)

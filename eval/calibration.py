@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eval import common, confidence_right, confidence_robust
 from eval.batches import in_batches
+from eval.confidence_splits import SPLITS
 from rb_noisy.attacks import pgd
 from rb_noisy.calibration import calibration_report, plot_calibration
 from rb_noisy.errors import InputError, unknown_name
@@ -124,7 +125,10 @@ def main(
         str | None,
         typer.Option(help="Study single predictions: how likely each is right, or is robust (right and stays so)."),
     ] = None,
-    splits: Annotated[int, typer.Option(help="With --target: random halves to fit on; the other half tests.")] = 20,
+    splits: Annotated[
+        int | None,
+        typer.Option(help=f"With --target: random halves to fit on; the other half tests. Default: {SPLITS}."),
+    ] = None,
     clever: Annotated[bool, typer.Option("--clever", help="With --target robust: CLEVER too, by ART. Slow.")] = False,
     label_noise: Annotated[
         float | None,
@@ -141,6 +145,8 @@ def main(
         for option, given in (("--clever", clever), ("--label-noise", label_noise is not None)):
             if given and target != "robust":
                 raise InputError(f"{option} is a part of --target robust; give both")
+        if splits is not None and target is None:
+            raise InputError(f"--splits {splits} is a part of --target; give --target right or --target robust too")
         if kappa_steps is not None and target is not None:
             raise InputError(f"--kappa-steps {kappa_steps} is for the report; --target compares several of its own")
         subject = common.load_subject(
@@ -159,6 +165,7 @@ def main(
             passes=PASSES if target is None else 0,
         )
         options = {"seed": seed, "batch_size": batch_size, "out": out}
+        splits = SPLITS if splits is None else splits
         if target == "right":
             figures = confidence_right.run(subject, splits=splits, **options)
             if json_file is not None and subject.processes.main:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from model_zoo.registry import (
@@ -33,13 +34,14 @@ from model_zoo.registry import (
     write_result,
 )
 from rb_noisy.attacks import ATTACK_LOSSES, gradient_of
-from rb_noisy.console import ZooOption, console, progress_bar, user_errors
+from rb_noisy.console import ZooOption, console, print_warning, progress_bar, user_errors
 from rb_noisy.data import load_data
 from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
 from rb_noisy.forward import checked_images, doubts, masked_doubt, natural_logits, spoiled_doubt, usable
+from rb_noisy.hints import command_line
 from rb_noisy.measures import wilson_interval
 from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
 from rb_noisy.processes import Processes
@@ -351,13 +353,14 @@ def _find_in_timm(model: str, zoo_names: set[str], dataset: str | None, data_roo
     if timm.is_model_pretrained(model):
         cfg = timm.get_pretrained_cfg(model)
         if cfg.num_classes != data.num_classes:
+            train = command_line("rb-noisy", "train", "--backbone", model, "--data", dataset, "--out", f"runs/{model}")
             raise InputError(
                 f"{model} was trained for {cfg.num_classes} classes but {dataset} has {data.num_classes}; "
-                f"train it first: rb-noisy train --backbone {model} --data {dataset} --out runs/{model}"
+                f"train it first: {train}"
             )
         options |= {"pretrained": True, "mean": cfg.mean, "std": cfg.std}
     else:
-        console.print(f"[yellow]{model} has no pretrained weights: a random network (seed 0) is evaluated[/]")
+        print_warning("warning:", f"{model} has no pretrained weights: a random network (seed 0) is evaluated")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
@@ -395,7 +398,7 @@ def percent(figures: dict[str, Any]) -> str:
 
 def show(title: str, table: Table) -> None:
     """Print a table under its title, which a Rich table title would break at the table's width."""
-    console.print(f"\n[bold]{title}[/]", soft_wrap=True)
+    console.print(Text(f"\n{title}", "bold"), soft_wrap=True)
     console.print(table)
 
 

@@ -25,7 +25,7 @@ METRICS |= {"auroc": "AUROC", "aurc": "AURC"}
 # The ECE of a perfectly calibrated confidence is not 0 on a few hundred samples; one of few values has less of it.
 CHANCE = {"ece_by_chance": "ECE by chance"}
 KEPT = {"kept_30": 0.3, "kept_40": 0.4}
-LEAST_IMAGES, LEAST_SPLITS = 20, 2
+LEAST_IMAGES, LEAST_SPLITS, SPLITS = 20, 2, 20
 Shown = list[tuple[str, list[str], list[list[str]]]]
 """Tables as (title, header, rows) of text."""
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from eval.common import RootOption, console, show, user_errors
 from eval.leaderboard import FORMATS, latex_line, markdown_line
+from rb_noisy.console import print_text
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import write_json
 from rb_noisy.label_issues import SCORES, OutOfFold, check_score, estimate_noise_rate, scores
@@ -205,7 +206,8 @@ def main(
         sentences = verdicts(table)
         if format != "terminal":
             mark = "* " if format == "markdown" else "% "
-            print(render(table, format), "", *(mark + sentence for sentence in sentences), sep="\n")
+            lines = [render(table, format), "", *(mark + sentence for sentence in sentences)]
+            print_text("\n".join(lines) + "\n")
             return
         shown = Table(*COLUMNS)
         for row in table["rows"]:

@@ -12,15 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from model_zoo.registry import dataset_title, noise_title, read_cards
-from rb_noisy.console import ZooOption, console, user_errors
+from model_zoo.registry import CLEAN_LABELS, choose, dataset_title, is_dataset, is_noise, noise_title, read_cards
+from rb_noisy.console import ZooOption, console, print_text, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.measures import wilson_interval
 
 PUBLISHED = Path(__file__).with_name("published.json")
-CLEAN_LABELS = "clean labels"
 MISSING = "–"
 COLUMNS = ("#", "Model", "Method or source", "Origin", "Architecture", "Checkpoint", "Clean", "PGD-20", "AutoAttack")
 COLUMNS += ("Top 30%",)  # robust accuracy of the answers that robust confidence calls surest
@@ -86,17 +84,8 @@ def leaderboard_rows(
     Raises `InputError` for a data set or noise that no row has.
     """
     rows = [_measured_row(card) for card in cards] + [_published_row(entry) for entry in published]
-    if dataset is not None:
-        known = {row.dataset for row in rows}
-        if dataset not in known:
-            raise unknown_name("data set on the leaderboard", dataset, known)
-        rows = [row for row in rows if row.dataset == dataset]
-    if noise is not None:
-        known = {"none" if row.noise == CLEAN_LABELS else row.noise for row in rows}
-        wanted = CLEAN_LABELS if noise == "none" else noise
-        rows = [row for row in rows if wanted in (row.noise, row.noise.split()[0])]
-        if not rows:
-            raise unknown_name("label noise on the leaderboard", noise, known)
+    rows = choose(rows, "data set on the leaderboard", dataset, lambda row: row.dataset, is_dataset)
+    rows = choose(rows, "label noise on the leaderboard", noise, _noise_asked_for, is_noise)
     ordered = []
     for _, group in _groups(sorted(rows, key=_group_order)):
         group = sorted(group, key=_within_group)
@@ -133,7 +122,7 @@ def render_terminal(rows: list[Row], highlight: str | None = None) -> list[Table
             table.add_column(column, justify="right" if column in ("#", *COLUMNS[-4:]) else "left")
         for row in group:
             style = "bold yellow" if _is_highlighted(row, highlight) else "green" if row.measured else None
-            table.add_row(*(Text(cell) for cell in _cells(row, "\n")), style=style)
+            table.add_row(*_cells(row, "\n"), style=style)
         tables.append(table)
     return tables
 
@@ -263,6 +252,10 @@ def _noise_name(noise: dict[str, Any] | None) -> str:
     return noise_title(noise) if noise else CLEAN_LABELS
 
 
+def _noise_asked_for(row: Row) -> str:
+    return "none" if row.noise == CLEAN_LABELS else row.noise
+
+
 def _threat(threat_model: str | None, eps: str | float | None) -> str:
     """'Linf 8/255': one spelling for one ε, so that '8/255' and '0.03137254901960784' share a group."""
     threat_model = threat_model or "Linf"
@@ -376,9 +369,9 @@ def leaderboard(
         for table in render_terminal(rows, highlight):
             console.print(table)
         if sentence:
-            console.print(sentence, markup=False)
+            console.print(sentence, soft_wrap=True)
     else:
-        print((render_markdown if format == "markdown" else render_latex)(rows, highlight))
+        print_text((render_markdown if format == "markdown" else render_latex)(rows, highlight) + "\n")
 
 
 if __name__ == "__main__":

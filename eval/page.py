@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.confidence_splits import SPLITS
 from eval.leaderboard import MISSING, Rate, Row
 from eval.page_plots import CURVES, by_kappa, reliability, three
 from model_zoo.registry import dataset_title, eps_label
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
+from rb_noisy.hints import command_line
 from rb_noisy.pages import render_page
 from rb_noisy.recipes import Recipe, flatten
 from rb_noisy.subsets import DRAWN, images_of, kind_of
@@ -65,6 +66,9 @@ FIGURE_HEAD = ("Figure", "Accuracy, %", "95% interval", "Data", "Split", "Images
 FIGURE_NAMES = {"final_iterate": "final iterate", "any_iterate": "any iterate", "pgd-20": "on PGD-20 inputs"}
 CALIBRATORS = {name: text for name, (text, *_) in CURVES.items()} | {"isotonic_max_softmax": "isotonic on max-softmax"}
 SCORES = {"kappa": "κ", "max_softmax": "max-softmax", "margin": "margin"}
+# What measures the figures that a card has under a name, "pgd-20" being of the kind "pgd".
+EVALUATIONS = {kind: (f"eval.{kind}",) for kind in ("pgd", "autoattack", "calibration")}
+EVALUATIONS["confidence"] = ("eval.calibration", "--target", "robust")
 
 
 @dataclass(frozen=True)
@@ -266,15 +270,19 @@ def _commands(card: dict[str, Any], zoo: str | None) -> list[str]:
         commands.append(train_command(card["recipe"], f"runs/{card['name']}"))
     for name, figures in (card.get("results") or {}).items():
         kind, _, steps = name.partition("-")
-        words = ["python", "-m", f"eval.{kind}", "--model", card["name"]]
+        if kind not in EVALUATIONS:
+            continue
+        words = ["python", "-m", *EVALUATIONS[kind], "--model", card["name"]]
         words += ["--zoo", zoo] if zoo else []
         words += ["--steps", steps] if kind == "pgd" and steps != "20" else []
-        words += ["--n", str(figures["n"])] if figures.get("n") != figures.get("of") else []
-        words += ["--seed", str(figures.get("seed", 0)), "--batch-size", str(figures.get("batch_size", 250))]
+        words += ["--splits", figures["splits"]] if figures.get("splits", SPLITS) != SPLITS else []
+        words += ["--kappa-steps", figures["steps"]] if kind == "calibration" and "steps" in figures else []
+        words += ["--n", figures["n"]] if figures.get("n") != figures.get("of") else []
+        words += ["--seed", figures.get("seed", 0), "--batch-size", figures.get("batch_size", 250)]
         old = "images" not in figures and figures.get("of", 0) > figures.get("n", 0)
         drawn = old and kind_of(figures.get("dataset", "")) == DRAWN
         note = f"  # drawn by class now; the figures are of {images_of(figures)}" if drawn else ""
-        commands.append(shlex.join(words) + note)
+        commands.append(command_line(*words) + note)
     return commands
 
 
@@ -290,7 +298,7 @@ def train_command(recipe: dict[str, Any], out: str) -> str:
             words += [f"--{name.replace('_', '-')}", str(changes.pop(name))]
     for name, value in changes.items():
         words += ["--set", f"{name}={_as_setting(value)}"]
-    return shlex.join([*words, "--out", out])
+    return command_line(*words, "--out", out)
 
 
 def _as_setting(value: Any) -> str:

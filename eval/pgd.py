@@ -91,7 +91,7 @@ def run(
     )
     common.show(heading(subject, figures), table(subject, figures))
     for warning in figures["warnings"]:
-        common.console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        common.print_warning("warning:", warning)
     name = f"pgd-{steps}" + ("-any" if any_iterate else "")
     common.save_verdicts(out, name, subject, **verdicts)
     return {name: figures}

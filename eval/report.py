@@ -9,13 +9,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.markup import escape
-from rich.text import Text
 
 from eval.leaderboard import MISSING
 from eval.report_table import FORMATS, Figure, Group, Report, Row
 from model_zoo.registry import dataset_label, dataset_title, eps_label, read_results, results_file
-from rb_noisy.console import console, errors, user_errors
+from rb_noisy.console import console, errors, print_text, print_warning, user_errors
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, sha256
 from rb_noisy.recipes import Recipe, flatten
@@ -338,16 +336,16 @@ def main(
             if len(run.metrics) == run.recipe.epochs:
                 finished.append(run)
             else:
-                said = escape(f"{run.path} has {len(run.metrics)} of {run.recipe.epochs} epochs")
-                errors.print(f"[yellow]skipped:[/] {said}", soft_wrap=True)
+                said = f"{run.path} has {len(run.metrics)} of {run.recipe.epochs} epochs"
+                print_warning("skipped:", said, errors)
         if not finished:
             raise InputError("none of the runs is finished; continue them with --resume, or sweep again")
         report = COLUMNS[columns](finished, against)
         text = FORMATS[format](report)
         if format == "terminal":
-            console.print(text, Text(report.caption))
+            console.print(text, report.caption)
         elif out is None:
-            print(text, end="")
+            print_text(text)
         else:
             with atomic_path(out) as temporary:
                 temporary.write_text(text, encoding="utf-8")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 
 from eval.leaderboard import MISSING, latex, latex_line, markdown_line
+from rb_noisy.csv_files import csv_text
 
 SYMBOLS = str.maketrans({"†": r"$^\dagger$", "ε": r"$\varepsilon$", "α": r"$\alpha$", "κ": r"$\kappa$", "−": "$-$"})
 
@@ -79,9 +77,9 @@ def render_terminal(report: Report) -> Table:
     table = Table(*report.labels)
     for group in report.groups:
         for title, name in zip([group.title, *[""] * len(group.names)], group.names, strict=False):
-            table.add_column(Text(f"{title}\n{name}"), justify="right")
+            table.add_column(f"{title}\n{name}", justify="right")
     for row in report.rows:
-        table.add_row(*(Text(cell) for cell in _cells(report, row)))
+        table.add_row(*_cells(report, row))
     return table
 
 
@@ -108,14 +106,12 @@ def render_latex(report: Report) -> str:
 def render_csv(report: Report) -> str:
     """Unrounded means, their half-widths and counts; the caption in the last column."""
     keys = [key for group in report.groups for key in group.keys]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     figures = [f"{key}{part}" for key in keys for part in ("", " half-width", " n")]
-    writer.writerow([*report.labels, *figures, "tracked", "caption"])
+    rows = []
     for row in report.rows:
         cells = [value for key in keys for value in row.figures[key] or ("", "", 0)]
-        writer.writerow([*row.labels, *cells, "†" if row.marked else "", report.caption])
-    return text.getvalue()
+        rows.append([*row.labels, *cells, "†" if row.marked else "", report.caption])
+    return csv_text([*report.labels, *figures, "tracked", "caption"], rows)
 
 
 FORMATS = {"terminal": render_terminal, "markdown": render_markdown, "latex": render_latex, "csv": render_csv}

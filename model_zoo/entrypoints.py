@@ -1,7 +1,8 @@
 """The zoo's models as timm models, so that timm and RobustBench load them by name.
 
-Importing this module registers every built-in card twice: as `<name>`, and as `<name>_<dataset>_<threat model>`, which
-is what `robustbench.utils.load_model(name, dataset=…, threat_model=…)` asks timm for.
+Importing this module registers every built-in card by its `timm_names`: as `<name>`, and as
+`<name>_<dataset>_<threat model>`, which is what `robustbench.utils.load_model(name, dataset=…, threat_model=…)` asks
+timm for.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ import datetime
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save
 from torch import nn
@@ -20,11 +21,14 @@ from torch import nn
 from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, only_changer, remove_abandoned, remove_left_by_killed, sha256, write_json
-from rb_noisy.recipes import Recipe
+from rb_noisy.label_files import split_label_file
+from rb_noisy.recipes import Recipe, split_noise
 from rb_noisy.runs import Run, load_weights, read_results, results_file
 
 BUILT_IN = Path(__file__).parent
+CLEAN_LABELS = "clean labels"
 Card = dict[str, Any]
+Entry = TypeVar("Entry")
 
 
 def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
@@ -60,21 +64,80 @@ def list_models(
 
     Args:
         dataset: only this data set ("digits", "mnist", …).
-        noise: only this kind of label noise ("symmetric", …); "none" for clean labels.
+        noise: only this label noise: a kind ("symmetric"), or a kind with its rate ("symmetric 0.4"); "none" for clean
+            labels.
         method: only this method ("pgd-at+sglr", …).
     """
     return sorted(
         card["name"]
         for card in read_cards(zoo)
-        if (dataset is None or card["dataset"] == dataset)
-        and (noise is None or noise_kind(card) == noise)
+        if (dataset is None or is_dataset(card["dataset"], dataset))
+        and (noise is None or is_noise(noise_title(card["noise"]), noise))
         and (method is None or card["method"] == method)
     )
 
 
-def timm_names(card: Card) -> tuple[str, str]:
-    """What a card's model is called in timm: its own name, and the name RobustBench forms from it."""
-    return card["name"], f"{card['name']}_{card['dataset']}_{card['threat_model']}".lower()
+def choose_cards(
+    cards: Iterable[Card], dataset: str | None = None, noise: str | None = None, method: str | None = None
+) -> list[Card]:
+    """Those cards that `list_models` would name.
+
+    Raises:
+        InputError: none has this data set, or of those none this noise, or of those none this method.
+    """
+    chosen = choose(cards, "data set of a model", dataset, lambda card: card["dataset"], is_dataset)
+    chosen = choose(chosen, "label noise of these models", noise, lambda card: noise_title(card["noise"]), is_noise)
+    return choose(chosen, "method of these models", method, lambda card: card["method"])
+
+
+def choose(
+    entries: Iterable[Entry],
+    kind: str,
+    wanted: str | None,
+    name: Callable[[Entry], str],
+    is_wanted: Callable[[str, str], bool] = str.__eq__,
+) -> list[Entry]:
+    """The entries whose name is the wanted one, all of them for None.
+
+    Raises:
+        InputError: no entry has it; the nearest names are offered.
+    """
+    entries = list(entries)
+    chosen = [entry for entry in entries if wanted is None or is_wanted(name(entry), wanted)]
+    if wanted is not None and not chosen:
+        raise unknown_name(kind, wanted, {name(entry) for entry in entries})
+    return chosen
+
+
+def is_dataset(label: str, wanted: str) -> bool:
+    """Whether a `dataset_label` is what somebody asks for, who may have copied its title from a table."""
+    return wanted in (label, dataset_title(label))
+
+
+def is_noise(title: str, wanted: str) -> bool:
+    """Whether a `noise_title` is the noise that somebody asks for: "symmetric" asks for every rate.
+
+    Every spelling of `train --noise` will do, "human:FILE:worse" too; clean labels are "none" or "clean labels".
+    """
+    kind, rate = split_noise(wanted)
+    human, _, place = kind.partition(":")
+    if human == "human" and place:
+        kind = f"human {split_label_file(place)[1] or ''}".strip()
+    named, _, given = ("none" if title == CLEAN_LABELS else title).partition(" ")
+    if rate is None:
+        return kind in (named, f"{named} {given}")
+    return (named, given) == (kind, f"{rate:g}")
+
+
+def timm_names(card: Card) -> tuple[str, ...]:
+    """What a card's model is called in timm: its own name, and the names that RobustBench forms from it."""
+    datasets = dict.fromkeys((card["dataset"], robustbench_dataset(card)))
+    return card["name"], *(f"{card['name']}_{dataset}_{card['threat_model']}".lower() for dataset in datasets)
+
+
+def robustbench_dataset(card: Card) -> str:
+    """The data set under which RobustBench finds a model: of a JPEG copy, the original. The card says which it was."""
+    return _original(card["dataset"]) or card["dataset"]
 
 
 def noise_kind(card: Card) -> str:
@@ -101,15 +164,34 @@ def zoo_folder(zoo: str | Path | None) -> Path:
     if zoo is None:
         return BUILT_IN
     if str(zoo).startswith("hf://"):
-        return _hub_folder(str(zoo).removeprefix("hf://"))
+        return _hub_folder(str(zoo))
     if not (Path(zoo) / "model_info").is_dir():
         raise InputError(f"{zoo} is no zoo: it has no folder model_info; publish a run into it first")
     return Path(zoo)
 
 
-def _hub_folder(repo: str) -> Path:
+def hub_repository(place: str) -> str:
+    """USER/REPO of a place on the Hugging Face Hub, with or without hf:// before it.
+
+    Raises:
+        InputError: no repository can be called so.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    repo = place.removeprefix("hf://")
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise InputError(f"{place!r} is no place on the Hugging Face Hub ({error}); give USER/REPO") from error
+    if "/" not in repo:
+        raise InputError(f"{place!r} is no place on the Hugging Face Hub; give USER/REPO")
+    return repo
+
+
+def _hub_folder(place: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    repo = hub_repository(place)
     try:
         return Path(snapshot_download(repo, allow_patterns=["model_info/**/*.json", "weights/*.safetensors"]))
     except Exception as error:  # the errors of whichever HTTP client the Hub's library has, of no common kind
@@ -184,6 +266,7 @@ def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
 def _from_hub(name: str, repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    repo = hub_repository(repo)
     try:
         return Path(hf_hub_download(repo, f"weights/{file}"))
     except Exception as error:  # the errors of whichever HTTP client the Hub's library has, of no common kind
@@ -222,9 +305,7 @@ def publish(
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} cannot be a model's name; use lower-case letters, digits and underscores")
-    hub = hub and hub.removeprefix("hf://")
-    if hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
-        raise InputError(f"{hub!r} is no place on the Hugging Face Hub; give USER/REPO")
+    hub = hub and hub_repository(hub)
     run = Run.open(run_dir)
     if not run.finished:
         raise InputError(f"{run_dir} has {len(run.metrics)} of {run.recipe.epochs} epochs; continue it with --resume")
@@ -360,8 +441,14 @@ def dataset_label(data: str) -> str:
 
 def dataset_title(label: str) -> str:
     """What tables call the data set of a `dataset_label`; a copy that went through JPEG is not the original."""
+    original = _original(label)
+    return f"{original} (JPEG copy)" if original else label
+
+
+def _original(label: str) -> str | None:
+    """The data set that the `dataset_label` of a JPEG copy is a copy of."""
     original = re.sub("[-_]?jpeg", "", label).strip("-_")
-    return label if original == label else f"{original} (JPEG copy)"
+    return None if original == label else original
 
 
 def eps_label(eps: float) -> str:

@@ -6,7 +6,6 @@ Any model annotates. The one that [NL] trains for it (Algorithm 2, the robust an
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rb_noisy.csv_files import write_csv
 from rb_noisy.data import npz_images, open_npz, pixels
 from rb_noisy.errors import InputError
-from rb_noisy.files import atomic_path
 from rb_noisy.forward import ask, checked_images, device_of, outside_inference, warn_of_masked, warn_of_spoiled
 from rb_noisy.geometry import resistance
 from rb_noisy.image_files import read_images, some_image_files
@@ -68,10 +67,7 @@ class Annotations:
             columns["class_name"] = [class_names[label] for label in columns["label"]]
         columns["kappa"] = self.kappa.tolist()
         columns["confidence"] = [f"{value:.6f}" for value in self.confidence.tolist()]
-        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+        write_csv(path, list(columns), zip(*columns.values(), strict=True))
 
 
 class Predictions(Protocol):

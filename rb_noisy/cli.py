@@ -18,6 +18,7 @@ from rb_noisy.commands.sweep import sweep
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError
+from rb_noisy.hints import command_line
 
 app = typer.Typer(
     help="Adversarial training when labels are wrong: train, sweep, find wrong labels, annotate, publish.",
@@ -146,14 +147,15 @@ def train(
         if not run.finished:
             console.print(
                 f"{out}: stopped after {max_minutes:g} minutes, {len(run.metrics)} of {chosen.epochs} epochs finished; "
-                f"continue with: rb-noisy train --out {out} --resume",
+                f"continue with: {command_line('rb-noisy', 'train', '--out', out, '--resume')}",
                 soft_wrap=True,
             )
             return
         best, final = run.metrics[run.best_epoch], run.metrics[-1]
         console.print(
             f"{out}: best PGD-{chosen.track_steps} {best['test_pgd_acc']:.2%} (epoch {run.best_epoch + 1}), "
-            f"final {final['test_pgd_acc']:.2%}; evaluate it with: python -m eval --model {out}",
+            f"final {final['test_pgd_acc']:.2%}; evaluate it with: "
+            f"{command_line('python', '-m', 'eval', '--model', out)}",
             soft_wrap=True,
         )
 
@@ -191,28 +193,27 @@ def publish(
         about = {"hub": hub, "authors": authors, "link": link}
         card = publish_run(run, name, zoo=zoo, checkpoint=checkpoint, half=half, overwrite=overwrite, **about)
         # By its place also where it is the zoo that ships: in a checkout, python -m finds the checkout's.
-        place = zoo or card.parents[3]
-        console.print(
-            f"published {card}; evaluate it with: python -m eval --model {name} --zoo {place}", soft_wrap=True
-        )
+        evaluate = command_line("python", "-m", "eval", "--model", name, "--zoo", zoo or card.parents[3])
+        console.print(f"published {card}; evaluate it with: {evaluate}", soft_wrap=True)
 
 
 @app.command()
 def models(
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
-    noise: Annotated[str | None, typer.Option(help="Only this kind of label noise; none for clean labels.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="Only this label noise: none, a kind, or a kind with its rate ('symmetric 0.4').")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
     zoo: ZooOption = None,
 ) -> None:
     """List the models of a zoo."""
-    from model_zoo.registry import dataset_title, list_models, noise_title, read_card
+    from model_zoo.registry import choose_cards, dataset_title, noise_title, read_cards
 
     with user_errors():
         table = Table("model", "data set", "label noise", "method", "backbone", "eps", "natural", "AutoAttack")
-        for name in list_models(dataset, noise, method, zoo):
-            card = read_card(name, zoo)
+        for card in choose_cards(read_cards(zoo), dataset, noise, method):
             table.add_row(
-                name,
+                card["name"],
                 dataset_title(card["dataset"]),
                 noise_title(card["noise"]),
                 card["method"],

@@ -1,8 +1,9 @@
-"""The bridge that makes RobustBench importable and opens it to our data sets; the only file that knows how.
+"""The bridge that makes RobustBench importable and opens it to our data sets and models; the only file that knows how.
 
 RobustBench 1.1.1 from the package index fails on import: `pkg_resources` left setuptools, and the `autoattack` it
-imports is on the index only as `pyautoattack`, with another call signature. `install()` puts one finder in front of
-the import system. Nothing is imported by that: the finder acts when somebody imports one of those packages.
+imports is on the index only as `pyautoattack`, with another call signature. And timm 1.0.9, which it pins, no longer
+finds the Hugging Face Hub. `install()` puts one finder in front of the import system. Nothing is imported by that: the
+finder acts when somebody imports one of those packages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,11 @@ def install() -> None:
     * fra31's `autoattack` is left alone where it is installed; elsewhere that name gives a second copy of
       `pyautoattack`'s modules, with fra31's signatures and an evaluation state that can be resumed.
     * `robustbench.loaders` gets the one function of `pkg_resources` it uses, where no real one can be imported.
-    * RobustBench's functions accept `dataset="digits"` and `dataset="mnist"`.
+    * RobustBench's functions accept `dataset="digits"` and `dataset="mnist"`, and say in words what is wrong with
+      another data set, or with a model of our zoo that is looked for under another one.
+    * timm 1.0.9 downloads pretrained weights with huggingface_hub 2.x too.
+    * The FutureWarnings that timm and RobustBench cause when they are imported are not shown, unless the interpreter
+      was started with -W.
     """
     with _lock:
         global _installed
@@ -60,6 +65,7 @@ def install() -> None:
     after_import("robustbench.data", _add_loaders)
     after_import("robustbench.utils", _add_classes)
     after_import("robustbench.loaders", lambda module: None)  # watched for `pkg_resources` only
+    after_import("timm.models._hub", _mend_hub)
     after_import("autoattack.state", _mend_state)
     after_import("autoattack.autoattack", _mend_driver)
 
@@ -121,7 +127,7 @@ def _watched(spec: ModuleSpec) -> ModuleSpec:
         with _lock:
             _running.add(spec.name)
         try:
-            with _pkg_resources() if spec.name == "robustbench.loaders" else nullcontext():
+            with _pkg_resources() if spec.name == "robustbench.loaders" else nullcontext(), _no_future_warnings():
                 execute(module)
         finally:
             with _lock:
@@ -133,6 +139,49 @@ def _watched(spec: ModuleSpec) -> ModuleSpec:
     loader.exec_module = exec_module
     spec.loader = loader
     return spec
+
+
+@contextmanager
+def _no_future_warnings() -> Iterator[None]:
+    """What packages warn of each other when they are imported, as users can do nothing about it."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+# --- timm's way to the Hugging Face Hub
+
+
+def _mend_hub(hub: ModuleType) -> None:
+    """Let timm 1.0.9 use huggingface_hub 2.x, where one function that it imports for uploads only has moved.
+
+    timm then takes the whole package for missing. The weights that it reads through this bridge are no pickles that
+    run code: where a repository has no safetensors, `torch.load` takes tensors only.
+    """
+    if hub._has_hf_hub:
+        return
+    import huggingface_hub
+    from huggingface_hub.utils import EntryNotFoundError
+
+    for name in ("create_repo", "get_hf_file_metadata", "hf_hub_url", "upload_folder"):
+        setattr(hub, name, getattr(huggingface_hub, name))
+    hub.EntryNotFoundError = EntryNotFoundError  # type: ignore[attr-defined]
+    tells = {"library_name": "timm", "library_version": hub.__version__}
+    hub.hf_hub_download = partial(huggingface_hub.hf_hub_download, **tells)  # type: ignore[attr-defined]
+    hub.repo_type_and_id_from_hf_id = _no_upload  # type: ignore[attr-defined]
+    load = hub.load_state_dict_from_hf
+
+    @wraps(load)
+    def load_state_dict_from_hf(model_id: str, filename: str = hub.HF_WEIGHTS_NAME, weights_only: bool = True) -> Any:
+        return load(model_id, filename, weights_only=True)
+
+    hub.load_state_dict_from_hf = load_state_dict_from_hf  # type: ignore[attr-defined]
+    hub._has_hf_hub = True  # type: ignore[attr-defined]
+
+
+def _no_upload(*_: Any, **__: Any) -> Any:
+    raise InputError("timm 1.0.9 cannot upload with huggingface_hub 2.x; use: hf upload USER/REPO FOLDER")
 
 
 # --- pkg_resources
@@ -166,6 +215,11 @@ def _add_datasets(enums: ModuleType) -> None:
     for name in DATASETS:
         _add_member(enums.BenchmarkDataset, name, name)
 
+    def missing(cls: Any, value: object) -> Any:
+        raise unknown_name("RobustBench data set", str(value), [member.value for member in cls])
+
+    enums.BenchmarkDataset._missing_ = classmethod(missing)
+
 
 def _add_member(enum: Any, name: str, value: str) -> None:
     """Give an existing Enum class one more member, as its class statement would have."""
@@ -182,14 +236,25 @@ def _add_member(enum: Any, name: str, value: str) -> None:
         enum._hashable_values_.append(value)
 
 
-class _NoModels(dict):
-    """The table of RobustBench's own models for one of our data sets: empty, as ours are found through timm."""
+class _Models(dict):
+    """RobustBench's own models of a data set and threat model, if any: it looks here for what timm does not have.
 
-    def __init__(self, ending: str) -> None:
-        super().__init__()
-        self.ending = ending
+    That is where a model of our zoo is missed whose data set is another, or was not given.
+    """
+
+    def __init__(self, own: dict[str, Any], dataset: str, threat: str) -> None:
+        super().__init__(own)
+        self.dataset, self.ending = dataset, f"_{dataset}_{threat.lower()}"
 
     def __missing__(self, name: str) -> Any:
+        from model_zoo.registry import read_cards, robustbench_dataset
+
+        for card in read_cards():
+            if card["name"] == name.lower().replace("-", "_"):
+                right = f"dataset={robustbench_dataset(card)!r}, threat_model={card['threat_model']!r}"
+                raise InputError(f"{name} is no model of {self.ending[1:]!r}; load it with {right}")
+        if self.dataset not in DATASETS:
+            raise KeyError(name)  # as RobustBench has it for its own
         import timm
 
         known = [model.removesuffix(self.ending) for model in timm.list_models(f"*{self.ending}")]
@@ -197,14 +262,36 @@ class _NoModels(dict):
 
 
 def _add_model_tables(models: ModuleType) -> None:
-    for name in DATASETS:
-        tables = {threat: _NoModels(f"_{name}_{threat.value.lower()}") for threat in models.ThreatModel}
-        models.model_dicts.setdefault(models.BenchmarkDataset(name), tables)
+    for dataset in models.BenchmarkDataset:
+        tables = models.model_dicts.setdefault(dataset, {})
+        for threat in models.ThreatModel:
+            if threat in tables or dataset.value in DATASETS:
+                tables[threat] = _Models(tables.get(threat, {}), dataset.value, threat.value)
 
 
 def _add_loaders(data: ModuleType) -> None:
     for name in DATASETS:
         data._clean_dataset_loaders.setdefault(data.BenchmarkDataset(name), partial(_load_clean, name))
+    for name in ("cifar10", "cifar100"):
+        loader = _in_words(getattr(data, f"load_{name}"), name)
+        setattr(data, f"load_{name}", loader)
+        data._clean_dataset_loaders[data.BenchmarkDataset(name)] = loader
+
+
+def _in_words(load: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """RobustBench's own loader, whose download may fail."""
+
+    @wraps(load)
+    def loader(n_examples: int | None = None, data_dir: str = "./data", *rest: Any, **options: Any) -> Any:
+        try:
+            return load(n_examples, data_dir, *rest, **options)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{name} is not in {data_dir} and cannot be fetched ({error}); check the network, or give as data_dir= "
+                "the folder that torchvision keeps it in"
+            ) from error
+
+    return loader
 
 
 def _load_clean(name: str, n_examples: int | None, data_dir: str, prepr: Any) -> tuple[Any, Any]:

@@ -7,28 +7,102 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from rb_noisy.errors import InputError, NetworkWarning
 from rb_noisy.placement import end_with_parent, is_main
 
-# Third-party imports warn of each other on every command; users can do nothing about it.
-warnings.filterwarnings("ignore", message=".*torch.jit.(interface|script).*", category=FutureWarning)
+# Of dependencies among themselves, on every command; users can do nothing about it. Who asks for them gets them.
+if not sys.warnoptions:
+    warnings.simplefilter("ignore", FutureWarning)
 
-# A pipe has no width of its own, and Rich's 80 columns would cut the names in tables.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
-errors = Console(stderr=True, highlight=False)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+
+def visible(text: str) -> str:
+    r"""`text` with its control characters written out (\x1b), so that none of them acts on a terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class Terminal(Console):
+    """A console on which text is only text: names from cards and files can neither style nor steer the terminal.
+
+    Strings are no markup; what is to stand out is a `rich.text.Text`. Tables are as wide as their longest words need,
+    wider than the terminal if need be: names in them are what is copied.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):  # whatever did not come as a string
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        tables = any(isinstance(shown, Table) for shown in objects)
+        shown = (_Whole(each) if isinstance(each, Table) else each for each in objects)
+        super().print(*shown, **({"crop": False} if tables else {}), **options)
+
+
+class _Whole:
+    """A table whose columns are narrowed to the terminal's width, but none below its longest word."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self.table
+        found = [
+            [Measurement.get(console, options.update(width=10_000), cell) for cell in (column.header, *column.cells)]
+            for column in table.columns
+        ]
+        least = [max(measured.minimum for measured in column) for column in found]
+        most = [max(measured.maximum for measured in column) for column in found]
+        lines = 3 * len(found) + 1  # one space on either side of a cell, lines around it
+        # The widest columns are cut to one width, the greatest for which the table fits.
+        for limit in range(max(most, default=0), -1, -1):
+            widths = [max(low, min(high, limit)) for low, high in zip(least, most, strict=True)]
+            if sum(widths) + lines <= options.max_width:
+                break
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+        yield from console.render(table, options.update(width=max(sum(widths) + lines, options.max_width)))
+
+
+console = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+errors = Terminal(stderr=True)
 
 ZooOption = Annotated[
     str | None, typer.Option("--zoo", help="Another zoo: a folder, or hf://USER/REPO. Default: the one that ships.")
 ]
+
+
+def print_text(text: str) -> None:
+    """Print a text that may be written to a file too (Markdown, LaTeX, CSV), its lines as they are."""
+    console.print(text, soft_wrap=True, end="")
+
+
+def print_warning(what: str, text: str, to: Console = console) -> None:
+    """One line that begins with `what` ("warning:") in yellow."""
+    to.print(Text(what, "yellow"), text, soft_wrap=True)
+
+
+def print_error(what: str, text: str) -> None:
+    """One line on stderr, whatever name with a line feed or text of a library it quotes, `what` in red."""
+    errors.print(Text(what, "bold red"), re.sub(r"\s*\n\s*", " ", text.strip()), soft_wrap=True)
 
 
 @contextmanager
@@ -50,18 +124,18 @@ def user_errors() -> Iterator[None]:
             muted.enter_context(_network_warnings())
             yield
     except InputError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        print_error("error:", str(error))
         raise typer.Exit(2) from error
     except OSError as error:  # a full disk, a folder that cannot be written: the message names the file
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        print_error("error:", str(error))
         raise typer.Exit(2) from error
     except TrainingDiverged as error:
-        errors.print(f"[bold red]diverged:[/] {escape(str(error))}", soft_wrap=True)
+        print_error("diverged:", str(error))
         raise typer.Exit(3) from error
     except RuntimeError as error:
         if not (said := lost_process(error)):
             raise
-        errors.print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
+        print_error("error:", said)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted; what was finished is kept", soft_wrap=True)
@@ -81,7 +155,7 @@ def _network_warnings() -> Iterator[None]:
             kind = re.sub(r"\d+", "#", str(message))
             if kind not in said:
                 said.add(kind)
-                errors.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+                print_warning("warning:", str(message), errors)
 
         warnings.simplefilter("always", NetworkWarning)
         warnings.showwarning = show
@@ -91,7 +165,7 @@ def _network_warnings() -> Iterator[None]:
 def progress_bar() -> Progress:
     """The progress bar of every command; on stderr, so that stdout stays clean."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

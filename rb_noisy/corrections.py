@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rb_noisy.csv_files import from_cell
 from rb_noisy.data import Dataset, to_bytes
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, only_changer
@@ -99,7 +100,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     for line, row in rows:
         if None in row or None in row.values():
             raise InputError(f"line {line} of {path} has more or fewer cells than columns: download the file again")
-    return rows
+    return [(line, {name: from_cell(cell) for name, cell in row.items()}) for line, row in rows]
 
 
 def _index(text: str, count: int, name: str, place: str) -> int:

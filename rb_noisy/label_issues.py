@@ -6,7 +6,6 @@ A window (first, stop) is a range of epochs counted from 0, stop excluded; None 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rb_noisy import measures
+from rb_noisy.csv_files import write_csv
 from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
@@ -31,6 +31,7 @@ from rb_noisy.training_data import training_set
 
 HISTORY_SCORES = ("joint", "kappa", "loss")
 SCORES = (*HISTORY_SCORES, "self-confidence", "cleanlab")
+MOST_NOISE = 0.5  # an estimated noise rate above it is none
 
 Window = tuple[int, int] | None
 
@@ -176,17 +177,25 @@ class LabelIssues:
         """How many samples, from the first on, the estimated noise rate makes suspicious."""
         return round(self.noise_rate * len(self.index))
 
+    @property
+    def warning(self) -> str | None:
+        """Why the ranking is not to be relied on; None where nothing says so."""
+        if self.noise_rate <= MOST_NOISE:
+            return None
+        return "that is more than can be told: the network may have learnt too little; train longer (--epochs)"
+
     def to_csv(self, path: str | Path, files: Sequence[str] | None = None) -> None:
         """Write one line per sample, worst first; `files` (by sample index) adds a column of file names."""
         columns = ("index", "given", "given_name", "suggested", "suggested_name", "kappa", "loss", "score")
         numbers = [t.tolist() for t in (self.index, self.given, self.suggested, self.kappa, self.loss, self.score)]
         names = self.class_names
-        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns if files is None else (*columns, "file"))
-            for index, given, suggested, *figures in zip(*numbers, strict=True):
-                row = [index, given, names[given], suggested, names[suggested], *(f"{v:.6g}" for v in figures)]
-                writer.writerow(row if files is None else [*row, files[index]])
+        rows = [
+            [index, given, names[given], suggested, names[suggested], *(f"{v:.6g}" for v in figures)]
+            for index, given, suggested, *figures in zip(*numbers, strict=True)
+        ]
+        if files is not None:
+            columns, rows = (*columns, "file"), [[*row, files[row[0]]] for row in rows]
+        write_csv(path, columns, rows)
 
 
 def find_label_issues(

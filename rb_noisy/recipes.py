@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,6 +162,11 @@ class Recipe:
                 object.__setattr__(self, name, parse_radius(value, f"recipe: {name}"))
         for f in dataclasses.fields(self):
             _check_type(f.name, f.type, getattr(self, f.name))
+        noise, rate = split_noise(self.noise)
+        if rate is not None and self.noise_rate not in (None, rate):
+            raise InputError(f"recipe: noise {self.noise!r} and noise_rate {self.noise_rate} differ; give one of them")
+        object.__setattr__(self, "noise", noise)
+        object.__setattr__(self, "noise_rate", self.noise_rate if rate is None else rate)
         if self.noise.startswith("human:"):
             file, key = split_label_file(self.noise.removeprefix("human:"))
             object.__setattr__(self, "noise", "human")
@@ -397,6 +403,17 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)
+
+
+def split_noise(text: str) -> tuple[str, float | None]:
+    """Kind and rate of a label noise as tables write it: "symmetric 0.4"; None where there is no rate in it.
+
+    Clean labels are "none", or "clean labels".
+    """
+    if text == "clean labels":
+        return "none", None
+    rated = re.fullmatch(r"([a-z]+) +(\d*\.?\d+)", text)  # no file of human labels, which comes after a colon
+    return (rated[1], float(rated[2])) if rated else (text, None)
 
 
 def _epoch_at(share: float, epochs: int) -> int:

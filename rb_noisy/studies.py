@@ -1,4 +1,4 @@
-"""The papers' tables and figures as named grids of recipes, for `rb-noisy sweep --grid NAME`."""
+"""The papers' tables and figures as named grids of recipes, for `rb-noisy sweep --grid NAME --out RUNS`."""
 
 from __future__ import annotations
 

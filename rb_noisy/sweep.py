@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rb_noisy.errors import InputError
-from rb_noisy.recipes import Recipe, flatten, merge
+from rb_noisy.recipes import Recipe, flatten, merge, split_noise
 
 NOISE_FIELDS = ("noise", "noise_rate", "noise_seed", "noise_options")
 NOISES_WITHOUT_RATE = ("human", "matrix")
@@ -41,6 +41,7 @@ def expand_grid(
             point = merge(point, {field: {option: value}} if dot else {field: value})
         points += [merge(point, dict(entry)) for entry in (entries or [{}])]
     given = [_given_name(point) for point in points]
+    points = [_split_noise(point) for point in points]
     several = len({_noise_kind(point) for point in points}) > 1
     points = [_settle_noise(point, several) for point in points]
     flat = [flatten(point) for point in points]
@@ -72,6 +73,14 @@ def _given_name(point: dict[str, Any]) -> str | None:
     if name is not None and (not isinstance(name, str) or not name or name != _slug(name) or name.startswith(".")):
         raise InputError(f"the name {name!r} of a recipe cannot be a folder's; give letters, figures and . + - _")
     return name
+
+
+def _split_noise(point: dict[str, Any]) -> dict[str, Any]:
+    """`point` with "symmetric 0.4" as two fields, unless it has another rate, which the recipe refuses."""
+    kind, rate = split_noise(noise) if isinstance(noise := point.get("noise"), str) else (noise, None)
+    if kind == noise or point.get("noise_rate", rate) != rate:
+        return point
+    return point | {"noise": kind} | ({} if rate is None else {"noise_rate": rate})
 
 
 def _noise_kind(point: Mapping[str, Any]) -> str:

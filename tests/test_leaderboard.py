@@ -7,10 +7,10 @@ import itertools
 import json
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from eval import leaderboard as board
+from rb_noisy.console import Terminal
 from rb_noisy.errors import InputError
 from rb_noisy.measures import wilson_interval
 
@@ -284,7 +284,7 @@ def test_terminal_shows_names_with_brackets_as_they_are():
     rows = board.leaderboard_rows([card("a[b]", 0.713), card("noisy", 0.5, noise=SYM)], [])
     tables = board.render_terminal(rows, highlight="a[b]")
     assert len(tables) == 2
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Terminal(width=160, record=True, file=io.StringIO())
     console.print(tables[0])
     text = console.export_text()
     assert "a[b]" in text

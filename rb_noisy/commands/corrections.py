@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rb_noisy.console import console, user_errors
+from rb_noisy.hints import command_line
 
 
 def apply_corrections(
@@ -29,6 +30,6 @@ def apply_corrections(
         changed = int((corrected.y_train != given.y_train).sum())
         console.print(
             f"{out}: {changed} of {len(given.y_train)} training labels corrected, test labels as they were; "
-            f"give it to other commands as --data npz:{out}",
+            f"give it to other commands as {command_line('--data', f'npz:{out}')}",
             soft_wrap=True,
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from rb_noisy.console import ZooOption, console, progress_bar, user_errors
 from rb_noisy.errors import InputError
@@ -57,7 +56,7 @@ def figures(
             task = bar.add_task("figures", total=len(names))
 
             def on_progress(text: str) -> None:
-                bar.update(task, description=escape(text))
+                bar.update(task, description=text)
 
             for name, found in draw(names, Context(sources, data_root, seed, on_progress)):
                 bar.advance(task)
@@ -66,12 +65,11 @@ def figures(
                     continue
                 for drawing in found:
                     path = drawing.save(out)[0]
-                    console.print(f"{path} (also .svg, .csv): {FIGURES[name].papers}", soft_wrap=True, markup=False)
+                    console.print(f"{path} (also .svg, .csv): {FIGURES[name].papers}", soft_wrap=True)
         for name, reason in missing:
             console.print(
                 f"not drawn: {name} ({FIGURES[name].papers}): {reason.reason}; to have it: {reason.command}",
                 soft_wrap=True,
-                markup=False,
             )
 
 

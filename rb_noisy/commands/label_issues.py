@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from rb_noisy.commands.settings import parse_settings
-from rb_noisy.console import console, progress_bar, user_errors
+from rb_noisy.console import console, print_warning, progress_bar, user_errors
 from rb_noisy.errors import InputError
+from rb_noisy.hints import command_line
 from rb_noisy.placement import is_main
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from rb_noisy.recipes import Recipe
     from rb_noisy.runs import Run
 
-_MOST = 0.5  # estimated noise rate
 SHEET, PAGE, LARGEST = 64, 500, 1000  # images of the contact sheet and of the page, and at most of either
 
 
@@ -152,8 +150,8 @@ def _way_back(recipe: Recipe) -> str | None:
     """The command that takes the page's corrections; None where a recipe's own noise made the labels it shows."""
     if recipe.noise != "none":
         return None
-    return shlex.join(
-        ["rb-noisy", "apply-corrections", "--data", recipe.data, "corrections.csv", "--out", "corrected.npz"]
+    return command_line(
+        "rb-noisy", "apply-corrections", "--data", recipe.data, "corrections.csv", "--out", "corrected.npz"
     )
 
 
@@ -162,13 +160,12 @@ def _show(issues: LabelIssues, out: Path) -> None:
     for rank in range(min(10, len(issues.index))):
         names = (issues.class_names[int(labels[rank])] for labels in (issues.given, issues.suggested))
         numbers = (f"{float(values[rank]):.3f}" for values in (issues.kappa, issues.loss, issues.score))
-        table.add_row(str(rank + 1), str(int(issues.index[rank])), *map(escape, names), *numbers)
+        table.add_row(str(rank + 1), str(int(issues.index[rank])), *names, *numbers)
     console.print(table)
     share = f"{issues.suspicious} of {len(issues.index)} labels are suspicious"
     console.print(f"estimated noise rate {issues.noise_rate:.1%}: {share}", soft_wrap=True)
-    if issues.noise_rate > _MOST:
-        warned = "that is more than can be told: the network may have learnt too little; train longer (--epochs)"
-        console.print(f"[yellow]warning:[/] {warned}", soft_wrap=True)
+    if issues.warning:
+        print_warning("warning:", issues.warning)
     console.print(f"all of them: {out / 'label_issues.csv'}; the worst: {out / 'label_issues.png'}", soft_wrap=True)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from rb_noisy.commands.settings import parse_settings
-from rb_noisy.console import console, errors, progress_bar, user_errors
+from rb_noisy.console import console, errors, print_error, progress_bar, user_errors
 from rb_noisy.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,14 +95,14 @@ def sweep(
 
             def on_done(outcome: Outcome) -> None:
                 bar.update(task, advance=1)
-                console.print(result_line(outcome), soft_wrap=True, markup=False)
+                console.print(result_line(outcome), soft_wrap=True)
 
             outcomes = carry_out(
                 work, out, at_a_time=jobs, data_root=data_root, on_done=on_done, stop=lambda: bool(stopped)
             )
         failures = [outcome for outcome in outcomes if outcome.problem]
         for outcome in failures:
-            errors.print(f"[bold red]failed:[/] {escape(f'{outcome.job.name}: {outcome.problem}')}", soft_wrap=True)
+            print_error("failed:", f"{outcome.job.name}: {outcome.problem}")
         if stopped:
             raise KeyboardInterrupt
         if failures:
@@ -121,7 +120,7 @@ def show_status(work: list[Job], at_a_time: int, times: bool) -> None:
         seconds = left.get(job.name)
         if times and state != "finished":
             state += ", time not known yet" if seconds is None else f", about {duration(seconds)} left"
-        console.print(f"{job.name}  {state}", soft_wrap=True, markup=False)
+        console.print(f"{job.name}  {state}", soft_wrap=True)
     if times:
         known = [seconds for seconds in left.values() if seconds]
         unknown = sum(seconds is None for seconds in left.values())

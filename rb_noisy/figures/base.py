@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from rb_noisy.csv_files import write_csv
 from rb_noisy.files import atomic_path
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run
@@ -101,10 +101,8 @@ class Drawing:
                 with atomic_path(file) as temporary:
                     self.figure.savefig(temporary, format=file.suffix[1:], dpi=DPI, metadata=metadata)
                 self.figure.set_layout_engine("none")  # the second file keeps the places found for the first
-        with atomic_path(files[2]) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
+        columns = list(self.rows[0])
+        write_csv(files[2], columns, ([_cell(row[name]) for name in columns] for row in self.rows))
         return files
 
 

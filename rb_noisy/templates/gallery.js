@@ -212,6 +212,10 @@
   one("#undo").addEventListener("click", undo);
   one("#accept").addEventListener("click", () => decide(shown.filter((sample) => sample.label === null), (sample) => sample.suggested));
 
+  // As rb_noisy/csv_files.py: no spreadsheet takes a name for a formula.
+  const formula = /^'*[=+\-@\t\r]/;
+  const numeric = /^([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf)$/i;
+  const harmless = (value) => (formula.test(value) && !numeric.test(value) ? `'${value}` : value);
   const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
 
   one("#download").addEventListener("click", () => {
@@ -220,7 +224,7 @@
     const corrected = samples.filter((sample) => sample.label !== null && sample.label !== sample.given);
     const rows = corrected.map((s) => [String(s.index), ...(file ? [s.file] : []), name(s.given), name(s.suggested), name(s.label)]);
     const lines = [["index", ...(file ? ["file"] : []), "given", "suggested", "label"], ...rows];
-    const text = lines.map((line) => `${line.map(quoted).join(",")}\r\n`).join("");
+    const text = lines.map((line) => `${line.map(harmless).map(quoted).join(",")}\r\n`).join("");
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
     link.download = "corrections.csv";

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from rb_noisy.calibrators import (
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import tensors_digest, write_json
 from rb_noisy.geometry import device_of, resistance, stands
+from rb_noisy.reading import parse_json, read_bytes
 
 TARGETS = ("right", "robust", "stays")
 # Where the curve of Brier score against passes bends, on digits and CIFAR-10 (README, Is it right and does it stay so).
@@ -105,15 +106,14 @@ class Calibrated:
         Raises:
             InputError: no such file, not what `save` writes, or the weights of `model` are not those calibrated.
         """
+        way_out = "write one with Calibrated.save"
+        text = read_bytes(Path(path), "the calibration", "check the path")
+        content = parse_json(text, f"{path} holds no calibration: it", way_out)
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
             calibrated = _parsed(content, model)
-        except OSError as error:
-            raise InputError(f"the calibration {path} cannot be read ({error.strerror}); check the path") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise InputError(f"{path} holds no calibration ({reason}); write one with Calibrated.save") from error
+            raise InputError(f"{path} holds no calibration ({reason}); {way_out}") from error
         if content["weights_sha256"] != _weights(model):
             raise InputError(f"{path} was fitted on a model of other weights; load that model or calibrate this one")
         _check_mode(model)

@@ -14,6 +14,7 @@ from rb_noisy.criteria import CRITERIA, Criterion, make_criterion
 from rb_noisy.errors import InputError, make_named, unknown_name
 from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
+from rb_noisy.reading import parse_json
 from rb_noisy.targets import EPOCH_SHARES, TARGETS, TAUGHT, Targets, make_targets
 from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
@@ -364,11 +365,8 @@ class Recipe:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "the recipe") -> Recipe:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source} is not valid JSON ({error}); mend it or write it again") from error
+    def from_json(cls, text: str | bytes, source: str = "the recipe") -> Recipe:
+        values = parse_json(text, source, "mend it or write it again")
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
         return cls.from_dict(values)

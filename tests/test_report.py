@@ -33,7 +33,8 @@ def write_run(folder, natural=(0.9, 0.8, 0.7), pgd=(0.3, 0.6, 0.5), finished=Tru
     """A run folder with these accuracies on test data, epoch by epoch."""
     recipe = Recipe(**{"data": "digits", "epochs": len(natural), "track": 100} | fields)
     folder.mkdir(parents=True)
-    description = {"recipe": recipe.to_dict(), "model_options": {}, "class_names": ["a", "b"]}
+    description = {"recipe": recipe.to_dict(), "class_names": ["a", "b"]}
+    description["model_options"] = {"name": recipe.backbone, "num_classes": 2, "in_chans": 1}
     (folder / "run.json").write_text(json.dumps(description))
     lines = []
     for epoch, (clean, robust) in enumerate(zip(natural, pgd, strict=True)):

@@ -1,0 +1,5 @@
+
+
+from rb_noisy.interruption import leave_quietly
+
+leave_quietly()

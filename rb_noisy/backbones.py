@@ -308,7 +308,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 FIXED_SIZE = ("small_cnn", "strided_cnn")  # their linear layers depend on `img_size`
-BACKBONES = (*_RESNETS, *FIXED_SIZE)
+NETWORKS = dict.fromkeys(_RESNETS, CifarResNet) | {"small_cnn": SmallCNN, "strided_cnn": StridedCNN}
+BACKBONES = tuple(NETWORKS)
 
 
 def _residual(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

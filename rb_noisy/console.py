@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rb_noisy.errors import InputError
+from rb_noisy.interruption import interrupt_as_usual
 
 # Third-party imports warn of each other on every command; users can do nothing about it.
 warnings.filterwarnings("ignore", message=".*torch.jit.(interface|script).*", category=FutureWarning)
@@ -34,6 +35,7 @@ def user_errors() -> Iterator[None]:
     from rb_noisy.training import TrainingDiverged
 
     try:
+        interrupt_as_usual()
         yield
     except InputError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

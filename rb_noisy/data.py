@@ -25,7 +25,8 @@ from torch import Tensor
 from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path, md5_of
+from rb_noisy.files import UNREADABLE, atomic_path, md5_of
+from rb_noisy.reading import is_text
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -42,6 +43,11 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in self.class_names:
+            if not is_text(name):  # from a folder's name, say; it could be shown and saved nowhere
+                raise InputError(f"class name {name!a} of {self.name} is no UTF-8 text: give the class another name")
 
     @property
     def num_classes(self) -> int:
@@ -171,10 +177,10 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield arrays
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read ({error}): write it again with numpy.savez, arrays only") from error
     except (zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise InputError(f"{path} is damaged ({error}): write it again with numpy.savez") from error
+    except UNREADABLE as error:
+        raise InputError(f"{path} cannot be read ({error}): write it again with numpy.savez, arrays only") from error
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -311,7 +317,7 @@ def _npz(name: str, path: Path) -> Dataset:
     largest = max(int(labels.max()) for labels in y.values())
     if names.ndim != 1 or largest >= len(names):
         raise InputError(f"{path} has label {largest} but class_names of shape {names.shape}: give one name per class")
-    class_names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+    class_names = tuple(n.decode(errors="surrogateescape") if isinstance(n, bytes) else str(n) for n in names.tolist())
     return Dataset(name, x["train"], y["train"], x["test"], y["test"], class_names)
 
 

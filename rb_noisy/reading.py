@@ -121,7 +121,9 @@ def read_tensors(file: Path, way_out: str) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing or damaged.
     """
+    if not file.is_file():
+        raise InputError(f"{file} is missing; {way_out}")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}); {way_out}") from error
+        raise InputError(f"{file} is damaged ({error}); {way_out}") from error

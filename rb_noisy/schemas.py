@@ -192,7 +192,7 @@ class StateHeader(BaseModel):
     epochs_done: Count
     samples_done: Count
     seconds: Annotated[FiniteFloat, Field(ge=0)]
-    best: float
+    best: Annotated[float, Field(le=1)]  # −inf before the first epoch
     threads: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from rb_noisy.errors import InputError
 
-# What is said beside the options, and what the names of our residual networks stand for.
-_NO_OPTIONS = {*("self", "args", "kwargs", "num_classes", "in_chans", "mean", "std"), *("widths", "stem", "preact")}
+_NO_OPTIONS = {"self", "args", "kwargs", "num_classes", "in_chans", "mean", "std"}  # the latter are said beside them
 
 
 def is_backbone(name: str) -> bool:
@@ -36,6 +35,10 @@ def architecture_options(name: str) -> set[str]:
     """
     import timm
 
+    from rb_noisy.backbones import NETWORKS
+
+    if name in NETWORKS:
+        return {*inspect.signature(NETWORKS[name]).parameters} - {*_NO_OPTIONS, "depths", "widths", "stem", "preact"}
     module = inspect.getmodule(timm.model_entrypoint(name))
     if module is None or module.__name__ == "model_zoo.entrypoints":  # finished networks
         return set()

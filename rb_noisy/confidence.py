@@ -303,7 +303,8 @@ def _parsed(content: dict[str, Any], model: nn.Module) -> Calibrated:
     if eps <= 0 or alpha < 0 or content["norm"] not in NORMS or content["target"] not in TARGETS:
         raise ValueError("eps, alpha, norm or target is out of range")
     calibrator = Calibrator(method, features, counts.pop("kappa_steps"), parameters)
-    source = str(content["target_source"])
+    if not isinstance(source := content["target_source"], str):
+        raise ValueError(f"target_source is {source!r}, not text")
     return Calibrated(
         model, calibrator, content["target"], source, eps, content["norm"], alpha, **counts, cross_validated=scores
     )

@@ -176,7 +176,7 @@ class CardFile(_Network):
     recipe: CardRecipe
     weights: Weights
     results: Results
-    training: Training = Training()
+    training: Training
     checkpoint: str = ""
     parameters: Count | None = None
     venue: str = ""

@@ -128,6 +128,9 @@ class Checkpoint:
         parameters = {str(number): parameter for number, parameter in enumerate(self.model.parameters())}
         momentum = groups["optimizer"]
         check_tensors(momentum, {n: p for n, p in parameters.items() if n in momentum}, f"the momentum in {self.file}")
+        if self.averager is not None:
+            average = self.averager.state_dict()
+            check_tensors(groups["averager"], average, f"the averaged weights in {self.file}")
         self.model.load_state_dict(groups["model"])
         self.record.load_state_dict(groups["record"])
         if self.averager is not None:

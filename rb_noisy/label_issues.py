@@ -140,7 +140,13 @@ class OutOfFold:
         with open_npz(Path(path)) as file:
             arrays = [torch.from_numpy(file[name]) for name in ("given", "probabilities", "kappa", "fold")]
             recipe = Recipe.from_json(str(file["recipe"]), str(path))
-            return cls(*arrays, tuple(file["class_names"].tolist()), recipe)
+            names = tuple(map(str, file["class_names"].tolist()))
+        given, probabilities, kappa, fold = arrays
+        per_sample = all(values.shape == given.shape and not values.is_floating_point() for values in (kappa, fold))
+        whole = per_sample and probabilities.shape == (len(given), len(names)) and probabilities.dtype == torch.float64
+        if given.dtype != torch.int64 or not whole or not ((given >= 0) & (given < len(names))).all():
+            raise InputError(f"{path} is damaged (its arrays are not of one set of samples); measure it again")
+        return cls(*arrays, names, recipe)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -88,10 +88,13 @@ class NoisyLabels:
             raise InputError(f"{path} has a damaged provenance record ({error!r}): make the labels again") from error
         if digest != _digest(arrays, how):
             raise InputError(f"{path} was altered after it was saved (its SHA-256 differs): make the labels again")
-        if "class_map" in how["options"]:  # JSON keys are strings
+        if "class_map" in how.get("options", {}):  # JSON keys are strings
             how["options"]["class_map"] = _class_map(how["options"]["class_map"])
         true = torch.from_numpy(arrays["true"]) if "true" in arrays else None
-        return cls(torch.from_numpy(arrays["given"]), true, **how)
+        try:
+            return cls(torch.from_numpy(arrays["given"]), true, **how)
+        except TypeError as error:
+            raise InputError(f"{path} has a damaged provenance record ({error}): make the labels again") from error
 
 
 def corrupt(

@@ -6,6 +6,7 @@ Every file that holds JSON comes in by `parse_json`, every one with a form of it
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def checked(form: Any, content: Any, source: str, way_out: str) -> Any:
         InputError: it has not; the first place that is wrong is named.
     """
     try:
-        TypeAdapter(form).validate_python(content)
+        _adapter(form).validate_python(content)
     except ValidationError as error:
         found = [(_place(one["loc"]), one) for one in error.errors(include_url=False, include_context=False)]
         if missing := sorted(place for place, one in found if one["type"] == "missing"):
@@ -104,6 +105,11 @@ def checked(form: Any, content: Any, source: str, way_out: str) -> Any:
         problem = f"{place} is {_shortened(first['input'])}: {first['msg'].removeprefix('Value error, ')}"
         raise InputError(f"{source} is damaged ({problem}); {way_out}") from error
     return content
+
+
+@functools.cache
+def _adapter(form: Any) -> TypeAdapter:
+    return TypeAdapter(form)
 
 
 def _place(location: tuple[int | str, ...]) -> str:

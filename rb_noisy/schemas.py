@@ -105,9 +105,23 @@ class MetricsLine(Form):
 
     epoch: Count
     seconds: Annotated[FiniteFloat, Field(ge=0)]
+    learning_rate: float
+    train_loss: float
+    gradient_norm: float
     test_natural_acc: Share
     test_pgd_acc: Share
+    test_loss: float
+    test_kappa: float | None
     selection_pgd_acc: Share
+    # None: no such samples, or no attack.
+    train_correct_natural_acc: Share | None
+    train_correct_pgd_acc: Share | None
+    train_correct_loss: float | None
+    train_correct_kappa: float | None
+    train_incorrect_natural_acc: Share | None
+    train_incorrect_pgd_acc: Share | None
+    train_incorrect_loss: float | None
+    train_incorrect_kappa: float | None
     processes: Annotated[int, Field(ge=1)] = 1
     threads: list[int] = []
 
@@ -133,7 +147,15 @@ class Figures(Form):
     report: dict[str, Any] | None = None
 
 
-Results = dict[str, Figures]
+def _with_rates(results: dict[str, Figures]) -> dict[str, Figures]:
+    for evaluation, rate in (("pgd-20", "final_iterate"), ("autoattack", "accuracy")):
+        for name in (rate, "natural"):
+            if evaluation in results and getattr(results[evaluation], name) is None:
+                raise ValueError(f"{evaluation} lacks {name}")
+    return results
+
+
+Results = Annotated[dict[str, Figures], AfterValidator(_with_rates)]
 
 
 class Noise(Form):

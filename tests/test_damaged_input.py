@@ -127,6 +127,7 @@ FIELDS = [
     *[("model_options", name) for name in ("name", "num_classes", "in_chans", "mean", "std")],
     *[("results", "autoattack"), ("results", "autoattack", "n"), ("results", "autoattack", "natural")],
     ("results", "autoattack", "accuracy"),
+    ("results", "pgd-20", "final_iterate"),
 ]
 
 

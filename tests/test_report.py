@@ -42,6 +42,9 @@ def write_run(folder, natural=(0.9, 0.8, 0.7), pgd=(0.3, 0.6, 0.5), finished=Tru
         line |= {"train_correct_natural_acc": 0.95, "train_correct_kappa": 8.25, "seconds": 1.0}
         noisy = recipe.noise != "none"
         line |= {"train_incorrect_natural_acc": 0.1 if noisy else None, "train_incorrect_kappa": 1.5 if noisy else None}
+        line |= dict.fromkeys(("learning_rate", "train_loss", "gradient_norm", "test_loss", "test_kappa"), 1.0)
+        for kind in ("correct", "incorrect"):
+            line |= {f"train_{kind}_pgd_acc": None, f"train_{kind}_loss": None}
         lines.append(json.dumps(line) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines if finished else lines[:-1]))
     for which in ("best", "final"):

@@ -1,0 +1,3 @@
+from rb_noisy.interruption import leave_quietly
+
+leave_quietly()

@@ -101,7 +101,9 @@ def _read(file: Path, about: dict[str, Any]) -> tuple[Tensor, tuple[int, ...], l
     try:
         with np.load(file, allow_pickle=False) as state:
             known, broken_by = json.loads(str(state["about"])), torch.from_numpy(state["broken_by"])
-        part, warnings = tuple(known.pop("part")), known.pop("found")
+        part, warnings = tuple(known.pop("part")), list(map(str, known.pop("found")))
+        if broken_by.ndim != 1 or broken_by.is_floating_point() or len(part) not in (0, 2):
+            raise ValueError("its arrays have another form")
     except UNREADABLE as error:
         raise InputError(f"{file} is damaged ({error}); delete it to start over") from error
     if known != json.loads(json.dumps(about)):

@@ -39,7 +39,7 @@ from rb_noisy.data import load_data
 from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
-from rb_noisy.files import atomic_path, sha256, tensors_digest, write_json
+from rb_noisy.files import UNREADABLE, atomic_path, sha256, tensors_digest, write_json
 from rb_noisy.forward import checked_images, doubts, masked_doubt, natural_logits, spoiled_doubt, usable
 from rb_noisy.hints import command_line
 from rb_noisy.measures import wilson_interval
@@ -299,7 +299,7 @@ def _place(subject: Subject, passes: int) -> None:
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which the device "meta" has not
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
     return device
@@ -483,8 +483,11 @@ def saved_verdicts(folder: Path, evaluation: str, subject: Subject) -> dict[str,
     file = subject.folder(folder) / f"{evaluation}.npz"
     if not file.is_file():
         return None
-    with np.load(file, allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in saved.files if name != "index"}
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files if name != "index"}
+    except UNREADABLE as error:
+        raise InputError(f"{file} is damaged ({error}); delete it and run this evaluation again") from error
     for name, wanted in _measured_on(subject).items():
         if name not in arrays or not np.array_equal(arrays.pop(name), wanted):
             return None

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
 from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path, only_changer, remove_abandoned, remove_left_by_killed, sha256, write_json
+from rb_noisy.forward import ask
 from rb_noisy.label_files import split_label_file
+from rb_noisy.reading import checked, read_json
 from rb_noisy.recipes import Recipe, split_noise
 from rb_noisy.runs import Run, load_weights, read_results, results_file
+from rb_noisy.schemas import CardFile, without_pretrained
 
 BUILT_IN = Path(__file__).parent
 CLEAN_LABELS = "clean labels"
@@ -43,7 +46,8 @@ def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
         zoo: another zoo's folder, or "hf://USER/REPO"; None for the zoo that ships with the package.
 
     Raises:
-        InputError: unknown name (the nearest are offered); weights missing, truncated or altered.
+        InputError: unknown name (the nearest are offered); a damaged card, or one whose network no option of ours or
+            timm's architectures builds; weights missing, truncated, altered or not finite.
     """
     from rb_noisy.backbones import build_backbone
 
@@ -225,14 +229,11 @@ def read_card(name: str, zoo: str | Path | None = None) -> Card:
 
 
 def _read(file: Path) -> Card:
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-        needed = ["name", "dataset", "threat_model", "method", "noise", "recipe", "model_options", "weights", "results"]
-        missing = set(needed) - card.keys()
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"the card {file} is damaged ({error}); get it again") from error
-    if missing:
-        raise InputError(f"the card {file} lacks {', '.join(sorted(missing))}; get it again")
+    """The one reader of cards: what it returns has the form of `CardFile`."""
+    content = without_pretrained(read_json(file, "the card", "get it again"))
+    card = checked(CardFile, content, f"the card {file}", "get it again")
+    if card["name"] != file.stem:
+        raise InputError(f"the card {file} is that of {card['name']!r}; give the file that name again")
     return card
 
 
@@ -243,13 +244,11 @@ def weights_file(card: Card, zoo: str | Path | None = None) -> Path:
     a progress bar; where the connection breaks, the same call goes on from there a few times.
 
     Raises:
-        InputError: missing, truncated or altered weights, a file name that leaves the zoo, no way to the Hub.
+        InputError: missing, truncated or altered weights, no way to the Hub.
     """
     weights = card["weights"]
-    if Path(weights["file"]).name != weights["file"] or not weights["file"].endswith(".safetensors"):
-        raise InputError(f"the card of {card['name']} names {weights['file']!r} as weights; want a plain .safetensors")
     file = zoo_folder(zoo) / "weights" / weights["file"]
-    if not file.is_file() and "hub" in weights:
+    if not file.is_file() and weights.get("hub"):
         file = _from_hub(card["name"], weights["hub"], weights["file"])
     if not file.is_file():
         raise InputError(f"the weights of {card['name']} are missing ({file}); install again, or get the file again")
@@ -301,7 +300,8 @@ def publish(
         overwrite: replace a model of that name; its measured figures are dropped.
 
     Raises:
-        InputError: an unfinished run, a name that is taken or malformed, weights beyond the range of fp16.
+        InputError: an unfinished run, a name that is taken or malformed, weights that are not finite or beyond the
+            range of fp16, a data set whose name leaves the zoo.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r} cannot be a model's name; use lower-case letters, digits and underscores")
@@ -310,12 +310,18 @@ def publish(
     if not run.finished:
         raise InputError(f"{run_dir} has {len(run.metrics)} of {run.recipe.epochs} epochs; continue it with --resume")
     model = run.load(checkpoint)  # read it once, so that no broken file is published
+    if run.image_shape is not None:  # nor a network that answers with no numbers
+        ask(model, torch.rand(4, *run.image_shape, generator=torch.Generator().manual_seed(0)), warn=False)
     root = BUILT_IN if zoo is None else Path(zoo)
     if str(zoo).startswith("hf://"):
         raise InputError("publish into a folder, then upload it with: hf upload USER/REPO FOLDER")
     old = card_files(root).get(name) if (root / "model_info").is_dir() else None
     if old and not overwrite:
         raise InputError(f"{root} has a model {name!r} already; give another name or --overwrite")
+
+    label = dataset_label(run.recipe.data)
+    if not re.fullmatch(r"\w[\w.+ -]*", label):
+        raise InputError(f"{label!r} cannot be the folder of a data set; train on a file with a plain name")
 
     weights = _halved(model) if half else (run.path / f"{checkpoint}.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()

@@ -9,8 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rb_noisy import compat
-from rb_noisy.errors import InputError
+from rb_noisy.interruption import leave_quietly
+
+leave_quietly()
+
+from rb_noisy import compat  # noqa: E402
+from rb_noisy.errors import InputError  # noqa: E402
 
 if TYPE_CHECKING:
     from model_zoo.registry import list_models, load_model

@@ -101,6 +101,11 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
             x_adv = torch.from_numpy(file["x_adv"]) if "x_adv" in file else None
         attack, batches, messages = about.pop("attack"), set(about.pop("batches")), about.pop("warnings")
         size = about.pop("size")
+        if broken_by.shape != (len(x),) or broken_by.is_floating_point() or not isinstance(attack, int):
+            raise ValueError(f"it is of {len(broken_by)} images, not {len(x)}")
+        if x_adv is not None and x_adv.shape != (int((broken_by > WRONG).sum()), *x.shape[1:]):
+            raise ValueError("its images have another shape")
+        messages = list(map(str, messages))
     except UNREADABLE as error:
         raise InputError(f"{path} is no readable AutoAttack state ({error}); delete it or give another path") from error
     differing = [key for key in settings if about.get(key) != settings[key]]

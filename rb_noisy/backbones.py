@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.schemas import is_plain
+from rb_noisy.timm_models import architecture_options, is_backbone, pretrained_network
 
 
 class Normalize(nn.Module):
@@ -306,7 +308,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 FIXED_SIZE = ("small_cnn", "strided_cnn")  # their linear layers depend on `img_size`
-BACKBONES = (*_RESNETS, *FIXED_SIZE)
+NETWORKS = dict.fromkeys(_RESNETS, CifarResNet) | {"small_cnn": SmallCNN, "strided_cnn": StridedCNN}
+BACKBONES = tuple(NETWORKS)
 
 
 def _residual(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -399,28 +402,42 @@ def build_backbone(
     in_chans: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
     """A fresh network by its timm name, ours or any other, that takes images in [0, 1].
 
     Args:
-        name: one of `BACKBONES`, or any name that `timm.is_model` knows.
+        name: one of `BACKBONES`, or any name that `timm.is_model` knows, with or without a tag.
         num_classes: K, the width of the logits.
         in_chans: channels of the images.
         mean, std: per-channel statistics for the normalisation inside the network; None for none.
-        options: passed to the network (`drop_rate`, `img_size`, …).
+        pretrained: with the weights that timm has for it, from the Hub's safetensors.
+        options: of its architecture (`drop_rate`, `img_size`, …): numbers, words, and lists of them.
 
     Raises:
-        InputError: unknown name, or an option that the network does not take.
+        InputError: unknown name, an option that the network does not take, no such weights.
     """
-    if not timm.is_model(name):
-        raise unknown_name("backbone", name, timm.list_models())
+    if not is_backbone(name):
+        raise unknown_name("backbone", str(name), timm.list_models())
+    known = architecture_options(name)
+    for option, value in options.items():
+        if option not in known:
+            takes = ", ".join(sorted(known)) or "none"
+            raise InputError(f"backbone {name!r} does not take the option {option!r}; it takes {takes}")
+        if not is_plain(value):
+            raise InputError(f"backbone {name!r}: {option} is {value!r}; give a number, a word or a list of them")
+    if pretrained not in (True, False):
+        raise InputError(f"pretrained is {pretrained!r}; give true or false")
+    options |= {"num_classes": num_classes, "in_chans": in_chans}
     try:
-        if name in BACKBONES:
-            return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, mean=mean, std=std, **options)
-        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **options)
-    except TypeError as error:
-        raise InputError(f"backbone {name!r} does not take these options ({options}): {error}") from error
+        if name in BACKBONES and not pretrained:
+            return timm.create_model(name, mean=mean, std=std, **options)
+        model = pretrained_network(name, **options) if pretrained else timm.create_model(name, **options)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network makes of a number it was not written for
+        raise InputError(f"backbone {name!r} cannot be built with {options}: {error}") from error
     normalized = nn.Sequential()  # names instead of numbers: the state dict stays readable
     normalized.add_module("normalize", Normalize(in_chans, mean, std))
     normalized.add_module("model", model)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from rb_noisy.device import gather
 from rb_noisy.errors import InputError
+from rb_noisy.reading import checked, parse_json
 from rb_noisy.record import SampleRecord
-from rb_noisy.runs import load_groups, read_metrics, save_tensors
+from rb_noisy.runs import check_tensors, load_groups, read_metrics, save_tensors
+from rb_noisy.schemas import StateHeader
 from rb_noisy.weights import Averager
 
 if TYPE_CHECKING:
@@ -113,6 +115,10 @@ class Checkpoint:
                 f"{self.file} was written by another version (no {min(missing)}); finish the run with that one, or "
                 "delete the file to start over"
             )
+        way_out = "delete it to start over, or restore a copy"
+        plan = parse_json(header.pop("plan", "{}"), f"the plan in {self.file}", way_out)
+        checked(dict[str, list[str]], plan, f"the plan in {self.file}", way_out)
+        checked(StateHeader, header, f"the header of {self.file}", way_out)
         name, digest = self.data
         if header.get("data_sha256", digest) != digest:
             raise InputError(
@@ -120,29 +126,40 @@ class Checkpoint:
                 "train into another folder"
             )
         epoch, done = int(header["epochs_done"]), int(header["samples_done"])
+        if done >= len(self.record.labels):
+            raise InputError(f"{self.file} is {done} samples into an epoch of {len(self.record.labels)}; {way_out}")
         lines = len(read_metrics(self.file.parent))
         if lines < epoch:
             raise InputError(
                 f"{self.file.parent / 'metrics.jsonl'} has {lines} lines but {epoch} epochs are finished; restore it, "
                 f"or delete {self.file.name} to start over"
             )
+        check_tensors(groups["model"], self.model.state_dict(), str(self.file))
+        parameters = {str(number): parameter for number, parameter in enumerate(self.model.parameters())}
+        momentum = groups["optimizer"]
+        check_tensors(momentum, {n: p for n, p in parameters.items() if n in momentum}, f"the momentum in {self.file}")
+        if self.averager is not None:
+            average = self.averager.state_dict()
+            check_tensors(groups["averager"], average, f"the averaged weights in {self.file}")
         self.model.load_state_dict(groups["model"])
         self.record.load_state_dict(groups["record"])
         if self.averager is not None:
             self.averager.load_state_dict(groups["averager"])
         optimizer = self.optimizer.state_dict()
         # A momentum buffer has the memory format of its parameter: the arithmetic depends on it.
-        parameters = list(self.model.parameters())
         optimizer["state"] = {
-            int(number): {"momentum_buffer": torch.empty_like(parameters[int(number)]).copy_(buffer)}
-            for number, buffer in groups["optimizer"].items()
+            int(number): {"momentum_buffer": torch.empty_like(parameters[number]).copy_(buffer)}
+            for number, buffer in momentum.items()
         }
         self.optimizer.load_state_dict(optimizer)
         progress = Progress(epoch, done, float(header["seconds"]), float(header["best"]))
         progress.threads = int(header["threads"]) if "threads" in header else None
-        progress.plan = json.loads(header["plan"]) if "plan" in header else None
+        progress.plan = plan or None
         if done:
-            self._load_own(groups["process"], progress)
+            try:
+                self._load_own(groups["process"], progress)
+            except (KeyError, IndexError, RuntimeError, TypeError) as error:
+                raise InputError(f"{self.file} does not fit this run ({error!r}); {way_out}") from error
         return progress
 
     def _load_own(self, rows: dict[str, Tensor], progress: Progress) -> None:
@@ -152,9 +169,14 @@ class Checkpoint:
         own = {name: _row(saved, rank if same else None) for name, saved in rows.items()}
         device = self.accelerator.device
         progress.losses, progress.norms = (list(own.pop(name).to(device)) for name in ("losses", "norms"))
-        for name, buffer in self._buffers():
-            buffer.copy_(own.pop(f"buffer.{name}"))
-        progress.random = own if same else {}
+        buffers = {f"buffer.{name}": buffer for name, buffer in self._buffers()}
+        check_tensors({name: own[name] for name in own if name.startswith("buffer.")}, buffers, str(self.file))
+        for name, buffer in buffers.items():
+            buffer.copy_(own.pop(name))
+        if same:
+            for name in ("draws", "cpu"):
+                torch.Generator().set_state(own[name])  # now, since it would fail in the middle of training
+            progress.random = own
 
     def _buffers(self) -> Iterable[tuple[str, Tensor]]:
         yield from self.model.named_buffers()

@@ -82,6 +82,7 @@ def train(
 ) -> None:
     """Train a model and leave a run folder."""
     from rb_noisy.placement import default_threads, is_main, launched, relaunch
+    from rb_noisy.reading import read_bytes
     from rb_noisy.recipes import Recipe, based_on
     from rb_noisy.runs import Run
     from rb_noisy.training import train as run_training
@@ -105,7 +106,7 @@ def train(
         if recipe is not None:
             if not recipe.is_file():
                 raise InputError(f"--recipe {recipe} is no file; name a JSON file of recipe fields")
-            base = Recipe.from_json(recipe.read_text(encoding="utf-8"), str(recipe))
+            base = Recipe.from_json(read_bytes(recipe, "--recipe", "name a JSON file of recipe fields"), str(recipe))
             values = based_on(base, values)
         elif like is not None:
             from model_zoo.registry import read_card

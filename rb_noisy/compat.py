@@ -383,7 +383,7 @@ def _mend_state(module: ModuleType) -> None:
                     content["_robust_flags"] = torch.tensor(flags, dtype=torch.bool).as_subclass(Flags)
                 content["_last_saved"] = datetime.fromisoformat(content["_last_saved"])
                 return cls(**{**content, "path": Path(path)})
-            except (ValueError, KeyError, TypeError, SyntaxError) as error:
+            except (ValueError, KeyError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError) as error:
                 raise InputError(f"{path} is no AutoAttack state ({error}); delete it or give another path") from error
 
     module.EvaluationState = EvaluationState

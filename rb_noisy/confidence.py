@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from rb_noisy.forward import (
 )
 from rb_noisy.geometry import resistance, stands
 from rb_noisy.radius import radius, step_size
+from rb_noisy.reading import parse_json, read_bytes
 
 TARGETS = ("right", "robust", "stays")
 # Where the curve of Brier score against passes bends, on digits and CIFAR-10 (README, Is it right and does it stay so).
@@ -116,15 +117,14 @@ class Calibrated:
         Raises:
             InputError: no such file, not what `save` writes, or the weights of `model` are not those calibrated.
         """
+        way_out = "write one with Calibrated.save"
+        text = read_bytes(Path(path), "the calibration", "check the path")
+        content = parse_json(text, f"{path} holds no calibration: it", way_out)
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
             calibrated = _parsed(content, model)
-        except OSError as error:
-            raise InputError(f"the calibration {path} cannot be read ({error.strerror}); check the path") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise InputError(f"{path} holds no calibration ({reason}); write one with Calibrated.save") from error
+            raise InputError(f"{path} holds no calibration ({reason}); {way_out}") from error
         if content["weights_sha256"] != _weights(model):
             raise InputError(f"{path} was fitted on a model of other weights; load that model or calibrate this one")
         _check_mode(model)
@@ -331,7 +331,8 @@ def _parsed(content: dict[str, Any], model: nn.Module) -> Calibrated:
     if content["norm"] not in NORMS or content["target"] not in TARGETS:
         raise ValueError("eps, alpha, norm or target is out of range")
     calibrator = Calibrator(method, features, counts.pop("kappa_steps"), parameters)
-    source = str(content["target_source"])
+    if not isinstance(source := content["target_source"], str):
+        raise ValueError(f"target_source is {source!r}, not text")
     return Calibrated(
         model, calibrator, content["target"], source, eps, content["norm"], alpha, **counts, cross_validated=scores
     )

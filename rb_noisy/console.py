@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rb_noisy.errors import InputError, NetworkWarning
+from rb_noisy.interruption import interrupt_as_usual
 from rb_noisy.placement import end_with_parent, is_main
 
 # Of dependencies among themselves, on every command; users can do nothing about it. Who asks for them gets them.
@@ -117,6 +118,7 @@ def user_errors() -> Iterator[None]:
 
     end_with_parent()
     try:
+        interrupt_as_usual()
         with contextlib.ExitStack() as muted:
             if not is_main():
                 nowhere = muted.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rb_noisy.errors import InputError
+
 PARTS = ("forward", "input", "weight")
 GAIN = 0.85  # of the library's time: what a matrix product may take at most to be chosen
 LEAST = 2e-3  # seconds of the library's kernel from which on it is worth a choice
@@ -174,9 +176,16 @@ def make_plan(model: nn.Module, run_pass: Callable[[], Any]) -> dict[str, list[s
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, list[str]]) -> None:
-    """Let the convolutions named in a plan compute as it says, in training passes of this network."""
+    """Let the convolutions named in a plan compute as it says, in training passes of this network.
+
+    Raises:
+        InputError: the network has no such convolution, or there is no such way.
+    """
+    modules = dict(model.named_modules())
     for name, parts in plan.items():
-        module = model.get_submodule(name)
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d) or not set(parts) <= set(PARTS):
+            raise InputError(f"the plan for {name!r} is of another network; delete state.safetensors to start over")
         module.__class__ = PlannedConv2d
         module.plan = " ".join(parts)
 

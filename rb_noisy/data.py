@@ -25,9 +25,10 @@ from torch import Tensor
 from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path, md5_of
+from rb_noisy.files import UNREADABLE, atomic_path, md5_of
 from rb_noisy.image_files import read_images, split_files
 from rb_noisy.pickles import holds_pickle, pickle_advice
+from rb_noisy.reading import is_text
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -51,6 +52,11 @@ class Dataset:
     def train_numbers(self) -> Tensor:
         """(N,) int64, the number of each of x_train among all training images."""
         return torch.arange(len(self.x_train)) if self.train_index is None else self.train_index
+
+    def __post_init__(self) -> None:
+        for name in self.class_names:
+            if not is_text(name):  # from a folder's name, say; it could be shown and saved nowhere
+                raise InputError(f"class name {name!a} of {self.name} is no UTF-8 text: give the class another name")
 
     @property
     def num_classes(self) -> int:
@@ -191,10 +197,10 @@ def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield arrays
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read ({error}): write it again with numpy.savez, arrays only") from error
     except (zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise InputError(f"{path} is damaged ({error}): write it again with numpy.savez") from error
+    except UNREADABLE as error:
+        raise InputError(f"{path} cannot be read ({error}): write it again with numpy.savez, arrays only") from error
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -342,7 +348,7 @@ def _npz_names(path: Path, y: dict[str, Tensor], names: np.ndarray | None) -> tu
             )
     if names.ndim != 1 or largest >= len(names):
         raise InputError(f"{path} has label {largest} but class_names of shape {names.shape}: give one name per class")
-    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+    return tuple(n.decode(errors="surrogateescape") if isinstance(n, bytes) else str(n) for n in names.tolist())
 
 
 def _npz_labels(what: str, y: np.ndarray) -> Tensor:

@@ -7,10 +7,13 @@ import fcntl
 import glob
 import hashlib
 import json
+import lzma
 import os
 import shutil
+import struct
 import tempfile
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,8 +29,9 @@ from rb_noisy.errors import InputError
 
 # What reading an .npz raises that is not the one that was written.
 UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(OSError, ValueError, LookupError, TypeError, EOFError, AttributeError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError, MemoryError, OverflowError),
+    *(SyntaxError, tokenize.TokenError),  # a header of .npy is Python
 )
 
 

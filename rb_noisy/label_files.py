@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rb_noisy.data import open_npz
 from rb_noisy.errors import InputError
+from rb_noisy.files import UNREADABLE
 from rb_noisy.pickles import holds_pickle, pickle_advice
 
 ROW_SUM_TOLERANCE = 1e-6
@@ -69,7 +70,7 @@ def read_labels(
     `clean_coarse_label`) differs from `true`: CIFAR-N exists in the order of torchvision (also that of the official
     binary files) and in that of TFDS.
     """
-    if not file:
+    if not file or not isinstance(file, str | os.PathLike) or not isinstance(key, str | None):
         raise InputError("noise 'human' needs file=, a .npy, .npz, .txt or .csv file of one label per sample")
     path = Path(file).expanduser()
     if key is not None and path.suffix not in (".npz", *_PICKLES):
@@ -172,7 +173,7 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as .npy ({error}): write it again with numpy.save") from error
 
 

@@ -144,9 +144,16 @@ class OutOfFold:
         """Read what `save` wrote. Raises `InputError` for a file that is missing, damaged or another's."""
         with open_npz(Path(path)) as file:
             arrays = [torch.from_numpy(file[name]) for name in ("given", "probabilities", "kappa", "fold")]
-            recipe = Recipe.recorded(json.loads(str(file["recipe"])))
+            recipe = Recipe.from_json(str(file["recipe"]), str(path), recorded=True)
             index = torch.from_numpy(file["index"]) if "index" in file else None
-            return cls(*arrays, tuple(file["class_names"].tolist()), recipe, index)
+            names = tuple(map(str, file["class_names"].tolist()))
+        given, probabilities, kappa, fold = arrays
+        per_sample = all(values.shape == given.shape and not values.is_floating_point() for values in (kappa, fold))
+        whole = per_sample and probabilities.shape == (len(given), len(names)) and probabilities.dtype == torch.float64
+        numbered = index is None or (index.shape == given.shape and index.dtype == torch.int64)
+        if given.dtype != torch.int64 or not whole or not numbered or not ((given >= 0) & (given < len(names))).all():
+            raise InputError(f"{path} is damaged (its arrays are not of one set of samples); measure it again")
+        return cls(*arrays, names, recipe, index)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -25,6 +25,7 @@ from rb_noisy.data import open_npz
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import atomic_path
 from rb_noisy.label_files import check_labels, check_num_classes, read_labels, split_label_file, stochastic_matrix
+from rb_noisy.reading import parse_json
 
 # truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog (Patrini et al. 2017).
 CIFAR10_CLASS_MAP = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
@@ -81,16 +82,19 @@ class NoisyLabels:
             arrays = {key: file[key] for key in ("given", "true") if key in file}
             provenance = str(file["provenance"])
         try:
-            how = json.loads(provenance)
+            how = parse_json(provenance, "it", "make the labels again")
             digest = how.pop("sha256")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} has a damaged provenance record ({error!r}): make the labels again") from error
         if digest != _digest(arrays, how):
             raise InputError(f"{path} was altered after it was saved (its SHA-256 differs): make the labels again")
-        if "class_map" in how["options"]:  # JSON keys are strings
+        if "class_map" in how.get("options", {}):  # JSON keys are strings
             how["options"]["class_map"] = _class_map(how["options"]["class_map"])
         true = torch.from_numpy(arrays["true"]) if "true" in arrays else None
-        return cls(torch.from_numpy(arrays["given"]), true, **how)
+        try:
+            return cls(torch.from_numpy(arrays["given"]), true, **how)
+        except TypeError as error:
+            raise InputError(f"{path} has a damaged provenance record ({error}): make the labels again") from error
 
 
 def corrupt(

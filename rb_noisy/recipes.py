@@ -16,12 +16,14 @@ from rb_noisy.errors import InputError, make_named, unknown_name
 from rb_noisy.label_files import split_label_file
 from rb_noisy.objectives import OBJECTIVES, Objective, make_objective
 from rb_noisy.radius import parse_radius, radius, step_size
+from rb_noisy.reading import is_text, parse_json
 from rb_noisy.subsets import DRAWN, FIRST, kind_of
 from rb_noisy.targets import EPOCH_SHARES, TARGETS, TAUGHT, Targets, make_targets
 from rb_noisy.weights import AVERAGING, AWP, AveragingRule
 
 SCHEDULES = ("multistep", "onecycle", "cosine", "constant")
 PRECISIONS = ("no", "bf16")
+LARGEST = 2**63  # of whole numbers; what is larger than this fits nowhere
 RADII = ("eps", "alpha", "track_alpha")
 OPTION_FIELDS = (
     *("noise_options", "backbone_options", "objective_options", "target_options"),
@@ -284,7 +286,12 @@ class Recipe:
             raise InputError(
                 f"recipe: averaging_options are given but the method {self.method!r} has neither wa nor swa"
             )
-        for make in (self.make_targets, self.make_criterion, self.make_awp, self.make_averaging):
+        for name in self.make_targets().teachers:
+            if not isinstance(name, str):
+                raise InputError(f"recipe: {name!r} in target_options is no teacher; name a run folder or a model")
+        if named := sorted({"name", "num_classes", "in_chans"} & self.backbone_options.keys()):
+            raise InputError(f"recipe: backbone_options give {named[0]}, which backbone and data decide; leave it out")
+        for make in (self.make_criterion, self.make_awp, self.make_averaging):
             make()
         if (awp := self.make_awp()) is not None and awp.warmup >= self.epochs:
             raise InputError(f"recipe: awp's warmup of {awp.warmup} epochs fills the run of {self.epochs}; shorten it")
@@ -395,14 +402,12 @@ class Recipe:
         return cls.from_dict({"train_images": FIRST} | values)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "the recipe") -> Recipe:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source} is not valid JSON ({error}); mend it or write it again") from error
+    def from_json(cls, text: str | bytes, source: str = "the recipe", *, recorded: bool = False) -> Recipe:
+        """The recipe in JSON text; `recorded` as in a run's record."""
+        values = parse_json(text, source, "mend it or write it again")
         if not isinstance(values, dict):
             raise InputError(f"{source} holds {type(values).__name__}, not a JSON object of recipe fields")
-        return cls.from_dict(values)
+        return cls.recorded(values) if recorded else cls.from_dict(values)
 
 
 def split_noise(text: str) -> tuple[str, float | None]:
@@ -424,7 +429,7 @@ def _epoch_at(share: float, epochs: int) -> int:
 def based_on(base: Recipe, values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a recipe like another one but for `values`; with other `epochs` its epochs move in proportion."""
     fields, epochs = base.changes(), values.get("epochs")
-    if isinstance(epochs, int) and epochs != base.epochs:
+    if isinstance(epochs, int) and abs(epochs) < LARGEST and epochs != base.epochs:
         scale = epochs / base.epochs
         options = fields.get("target_options", {})
         moved = {
@@ -455,15 +460,17 @@ def flatten(point: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_json(name: str, options: dict[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads(json.dumps(options))
-    except (TypeError, ValueError) as error:
+        return parse_json(json.dumps(options), "what they hold", "give other values")
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"recipe: {name} cannot be written as JSON ({error}); give text, numbers and lists, e.g. a file's name"
         ) from error
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def _check_type(name: str, annotation: str, value: Any) -> None:
@@ -475,3 +482,7 @@ def _check_type(name: str, annotation: str, value: Any) -> None:
     # A bool is an int to Python, but not to the author of a recipe.
     if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise InputError(f"recipe: {name} is {value!r}; give {annotation.replace(' | None', '')}")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise InputError(f"recipe: {name} has {len(str(abs(value)))} digits; give a smaller number")
+    if isinstance(value, str) and not is_text(value):
+        raise InputError(f"recipe: {name} is {value!a}, which is no UTF-8 text; give another name")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rb_noisy.data import SHAPES
 from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
+from rb_noisy.reading import checked, parse_json, read_bytes, read_json, read_tensors
 from rb_noisy.recipes import Recipe
+from rb_noisy.schemas import MetricsLine, Results, RunFile, without_pretrained
 
 CHECKPOINTS = ("best", "final")
+HISTORY = {"kappa": torch.int16, "loss": torch.float32, "prediction": torch.int16}
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ class Run:
         description = path / "run.json"
         if not description.is_file():
             raise InputError(f"{path} is no run folder: it has no run.json; name the folder that `train` wrote")
-        try:
-            values = json.loads(description.read_text(encoding="utf-8"))
-            recipe = Recipe.recorded(values["recipe"])
-            model_options, class_names = values["model_options"], tuple(values["class_names"])
-            shape = values.get("image_shape", SHAPES.get(recipe.data))
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{description} is damaged ({error!r}); train again into another folder") from error
-        shape = None if shape is None else tuple(shape)
-        return cls(path, recipe, model_options, class_names, shape, tuple(read_metrics(path)))
+        way_out = "train again into another folder"
+        values = read_json(description, "the run", way_out)
+        checked(RunFile, without_pretrained(values), f"the run {description}", way_out)
+        recipe, class_names = Recipe.recorded(values["recipe"]), tuple(values["class_names"])
+        shape = values.get("image_shape") or SHAPES.get(recipe.data)
+        metrics = read_metrics(path)
+        if len(metrics) > recipe.epochs:
+            raise InputError(f"{path} has the metrics of {len(metrics)} epochs, its recipe {recipe.epochs}; {way_out}")
+        return cls(path, recipe, values["model_options"], class_names, shape and tuple(shape), tuple(metrics))
 
     @property
     def finished(self) -> bool:
@@ -98,16 +100,21 @@ class Run:
         Raises:
             InputError: an epoch's file is missing or damaged.
         """
-        epochs = []
+        epochs: list[dict[str, Tensor]] = []
+        way_out = "train again into another folder"
         for epoch in range(len(self.metrics)):
             file = history_file(self.path, epoch)
-            try:
-                epochs.append(load_file(file))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{file} cannot be read ({error}); train again into another folder") from error
+            found = read_tensors(file, way_out)
+            for name, dtype in HISTORY.items():
+                shape = (epochs or [found])[0].get("loss", torch.empty(0)).shape
+                if name not in found or found[name].dtype != dtype or found[name].shape != shape or len(shape) != 1:
+                    raise InputError(f"{file} is no history of this run ({name} has another form); {way_out}")
+            if found["prediction"].max() >= len(self.class_names):
+                raise InputError(f"{file} is the history of another network, with more classes; {way_out}")
+            epochs.append(found)
         if not epochs:
             raise InputError(f"{self.path} has no finished epoch; continue it with --resume")
-        return History(*(torch.stack([epoch[name] for epoch in epochs]) for name in ("kappa", "loss", "prediction")))
+        return History(*(torch.stack([epoch[name] for epoch in epochs]) for name in HISTORY))
 
     def load(self, checkpoint: str = "final") -> nn.Module:
         """The network with the *best* or *final* weights, in eval mode.
@@ -156,10 +163,8 @@ def read_results(file: Path) -> dict[str, Any]:
     """The figures in a `results_file`, by evaluation; none if it is not there."""
     if not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete it and evaluate again") from error
+    way_out = "delete it and evaluate again"
+    return checked(Results, read_json(file, "the figures", way_out), f"the figures {file}", way_out)
 
 
 def history_file(path: Path, epoch: int) -> Path:
@@ -171,17 +176,27 @@ def load_weights(model: nn.Module, file: Path) -> None:
     """Load a safetensors file into a network, all of it or none.
 
     Raises:
-        InputError: the file is damaged, or its tensors are not the network's.
+        InputError: the file is damaged, its tensors are not the network's, or they are not finite.
     """
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}); get it again") from error
-    expected = model.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in state if state[k].shape != expected[k].shape]
-    if wrong:
-        raise InputError(f"{file} does not fit the network: {len(wrong)} tensors differ, the first is {wrong[0]!r}")
+    state = read_tensors(file, "get it again")
+    check_tensors(state, model.state_dict(), str(file))
+    # In float32, since PyTorch cannot ask this of every format of 8 bits.
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.float().isfinite().all()]:
+        raise InputError(f"{file} has weights that are not finite, the first in {bad[0]!r}; get or train others")
     model.load_state_dict(state)
+
+
+def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Raise `InputError` unless two sets of tensors have the same names, shapes and kinds of numbers."""
+    wrong = sorted(expected.keys() ^ state.keys()) or [
+        name
+        for name, tensor in state.items()
+        if tensor.shape != expected[name].shape
+        or tensor.is_floating_point() != expected[name].is_floating_point()
+        or tensor.is_complex()
+    ]
+    if wrong:
+        raise InputError(f"{source} does not fit the network: {len(wrong)} tensors differ, the first is {wrong[0]!r}")
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
@@ -204,10 +219,10 @@ def load_groups(file: Path, keys: tuple[str, ...]) -> tuple[dict[str, dict[str, 
         InputError: the file is damaged, or one of `keys` is not in its header.
     """
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in read_tensors(file, "delete it to start over, or restore a copy").items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
     try:
-        for name, tensor in load_file(file).items():
-            group, _, rest = name.partition(".")
-            groups[group][rest] = tensor
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
         missing = [key for key in keys if key not in metadata]
@@ -223,10 +238,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     if not file.is_file():
         return []
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete the folder and train again") from error
+    way_out, lines = "delete the folder and train again", []
+    for number, text in enumerate(read_bytes(file, "the metrics", way_out).splitlines()):
+        source = f"line {number + 1} of {file}"
+        line = checked(MetricsLine, parse_json(text, source, way_out), source, way_out)
+        if line["epoch"] != number:
+            raise InputError(f"{source} is of epoch {line['epoch']}, not {number}; {way_out}")
+        lines.append(line)
+    return lines
 
 
 def check_teacher(name: str, student: Path | None = None) -> None:
@@ -235,9 +254,9 @@ def check_teacher(name: str, student: Path | None = None) -> None:
     A run folder's name may be relative to the student's run folder, such as "../pgd-at_clean_seed0", or to where we
     are.
     """
-    import timm
+    from rb_noisy.backbones import is_backbone
 
-    if name != "average" and _teacher_folder(name, student) is None and not timm.is_model(name):
+    if name != "average" and _teacher_folder(name, student) is None and not is_backbone(name):
         raise InputError(
             f"teacher {name!r} is neither a run folder (with run.json) nor a model of the zoo or of timm; name one by "
             "target_options.robust (and .standard)"
@@ -257,18 +276,15 @@ def load_teacher(name: str, images: Tensor, num_classes: int, student: Path | No
     apart. `student` is the run folder that a folder's name may be relative to, see `check_teacher`.
 
     Raises:
-        InputError: neither of the two, or a network for other data.
+        InputError: neither of the two, no weights in safetensors, or a network for other data.
     """
-    import timm
+    from rb_noisy.backbones import pretrained_network
 
     if (folder := _teacher_folder(name, student)) is not None:
         model = Run.open(folder).load()
     else:
         check_teacher(name)
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"the weights of teacher {name!r} cannot be loaded ({error}); name another") from error
+        model = pretrained_network(name)
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     try:
         classes = model(images).shape[1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rb_noisy.errors import InputError, unknown_name
+from rb_noisy.reading import read_json
 from rb_noisy.recipes import family_of, flatten
 
 FILE = Path(__file__).with_name("studies.json")
@@ -49,7 +49,4 @@ def study(name: str, data: Sequence[str] = ()) -> Grid:
 
 
 def _read() -> dict[str, Any]:
-    try:
-        return json.loads(FILE.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{FILE} cannot be read ({error}); install rb-noisy again") from error
+    return read_json(FILE, "the list of studies", "install rb-noisy again")

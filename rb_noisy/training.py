@@ -164,15 +164,18 @@ class _Trainer:
         torch.manual_seed(_seed(recipe.seed, 0))
         statistics = _statistics(data.x_train) if recipe.normalize else {}
         size = {"img_size": data.image_size[0]} if recipe.backbone in FIXED_SIZE else {}
+        own = dict(recipe.backbone_options)
+        pretrained = own.pop("pretrained", False)  # not kept: what the run comes to has weights of its own
         self.model_options = {
             "name": recipe.backbone,
             "num_classes": data.num_classes,
             "in_chans": data.in_chans,
             **statistics,
             **size,
-            **recipe.backbone_options,
+            **own,
         }
-        self.model = build_backbone(**self.model_options).to(memory_format=torch.channels_last)
+        model = build_backbone(**self.model_options, pretrained=pretrained)
+        self.model = model.to(memory_format=torch.channels_last)
         self._try_forward(data)
         self.least = self._check_batches()
         # What Accelerate makes of the network cannot be copied.

@@ -33,7 +33,8 @@ def write_run(folder, natural=(0.9, 0.8, 0.7), pgd=(0.3, 0.6, 0.5), finished=Tru
     """A run folder with these accuracies on test data, epoch by epoch."""
     recipe = Recipe(**{"data": "digits", "epochs": len(natural), "track": 100} | fields)
     folder.mkdir(parents=True)
-    description = {"recipe": recipe.to_dict(), "model_options": {}, "class_names": ["a", "b"]}
+    description = {"recipe": recipe.to_dict(), "class_names": ["a", "b"]}
+    description["model_options"] = {"name": recipe.backbone, "num_classes": 2, "in_chans": 1}
     (folder / "run.json").write_text(json.dumps(description))
     lines = []
     for epoch, (clean, robust) in enumerate(zip(natural, pgd, strict=True)):
@@ -41,6 +42,9 @@ def write_run(folder, natural=(0.9, 0.8, 0.7), pgd=(0.3, 0.6, 0.5), finished=Tru
         line |= {"train_correct_natural_acc": 0.95, "train_correct_kappa": 8.25, "seconds": 1.0}
         noisy = recipe.noise != "none"
         line |= {"train_incorrect_natural_acc": 0.1 if noisy else None, "train_incorrect_kappa": 1.5 if noisy else None}
+        line |= dict.fromkeys(("learning_rate", "train_loss", "gradient_norm", "test_loss", "test_kappa"), 1.0)
+        for kind in ("correct", "incorrect"):
+            line |= {f"train_{kind}_pgd_acc": None, f"train_{kind}_loss": None}
         lines.append(json.dumps(line) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines if finished else lines[:-1]))
     for which in ("best", "final"):

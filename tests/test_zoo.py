@@ -97,7 +97,7 @@ def flip_a_byte(file):
         (lambda zoo: flip_a_byte(weights_file(zoo)), "altered"),
         (lambda zoo: card_file(zoo).write_text("{"), "is damaged"),
         (lambda zoo: card_file(zoo).write_text("[]"), "is damaged"),
-        (lambda zoo: card_file(zoo).write_text("{}"), "lacks dataset"),
+        (lambda zoo: card_file(zoo).write_text("{}"), "lacks architecture"),
     ],
 )
 def test_damaged_zoos_are_named_and_no_half_model_is_loaded(damage, words, zoo):

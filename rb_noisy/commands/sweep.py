@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -169,6 +168,7 @@ def split_values(text: str, name: str) -> list[str]:
 
 def read_grid(name: str, data: Sequence[str]) -> Grid:
     """The recipes of a --grid file, or of a named study for these data sets."""
+    from rb_noisy.reading import read_json
     from rb_noisy.studies import Grid, studies, study
 
     file = Path(name)
@@ -176,10 +176,7 @@ def read_grid(name: str, data: Sequence[str]) -> Grid:
         if file.suffix == ".json":
             raise InputError(f"--grid {file} is no file; name a JSON list of recipes, or one of {', '.join(studies())}")
         return study(name, data)
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--grid {file} is not valid JSON ({error}); mend it") from error
+    entries = read_json(file, "--grid", "mend it")
     if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
         raise InputError(f"--grid {file} holds no list of JSON objects; write [{{...}}, {{...}}] of recipe fields")
     return Grid({}, entries)

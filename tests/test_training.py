@@ -18,6 +18,7 @@ from rb_noisy.objectives import OBJECTIVES
 from rb_noisy.recipes import PARTS, Recipe
 from rb_noisy.runs import Run
 from rb_noisy.targets import TAUGHT
+from rb_noisy.tracking import MEASURES
 from rb_noisy.training import TrainingDiverged, _Trainer, train
 from rb_noisy.training_data import noisy_labels
 from rb_noisy.weights import AWP
@@ -257,7 +258,8 @@ def test_every_setting_of_the_recipe_reaches_the_training_step(tiny_recipe, tmp_
     )
     trainer = _Trainer(recipe, tmp_path / "run", False, None)
     rates = []
-    trainer.tracker.measure = lambda *_: {"selection_pgd_acc": 0.0}
+    measured = [f"{of}_{what}" for of in ("test", "train_correct", "train_incorrect") for what in MEASURES[:4]]
+    trainer.tracker.measure = lambda *_: dict.fromkeys([*measured, "selection_pgd_acc"], 0.0)
     trainer.run(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]), None)
     batches = len(seen) // 4
     assert [s["eps"] for s in seen[::batches]] == pytest.approx([0, 0.5, 1, 1])

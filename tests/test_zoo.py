@@ -134,7 +134,7 @@ def test_publishing_never_replaces_unasked_and_never_takes_an_unfinished_run(run
 
 def figures(card, n, accuracy):
     rate = {"accuracy": accuracy, "interval": [0, 1]}
-    return {"n": n, "weights_sha256": card["weights"]["sha256"], "natural": rate, **rate}
+    return {"n": n, "weights_sha256": card["weights"]["sha256"], "natural": rate, "final_iterate": rate, **rate}
 
 
 def test_figures_enter_the_card_and_those_there_are_not_replaced_unasked(zoo):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rb_noisy.files import UNREADABLE
+
 
 def holds_pickle(path: Path) -> bool:
     """Whether an .npy file holds one Python object, such as a dict of arrays, and no array."""
@@ -15,7 +17,7 @@ def holds_pickle(path: Path) -> bool:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             return shape == () and dtype.hasobject
-    except (OSError, ValueError, EOFError):  # it is damaged: whoever reads it says so
+    except UNREADABLE:  # it is damaged: whoever reads it says so
         return False
 
 

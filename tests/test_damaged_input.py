@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +333,11 @@ def test_a_device_without_memory_is_refused():
     assert "--device meta cannot be used" in result.output
 
 
+def _hear_ctrl_c() -> None:
+    """In the background of a shell these tests ignore it, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "words", [["-m", "rb_noisy", "models"], ["-m", "eval.leaderboard"], ["-m", "eval"], ["rb-noisy", "models"]]
 )
@@ -342,12 +348,14 @@ def test_ctrl_c_while_importing_is_one_line(words, package, tmp_path):
     )
     (tmp_path / "rb-noisy").write_text("from rb_noisy.cli import app\napp()")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "preexec_fn": _hear_ctrl_c}
+    done = subprocess.run([sys.executable, *words], env=environment, **options)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "interrupted; nothing was begun\n"
 
 
 def test_a_program_that_imports_us_keeps_its_own_ctrl_c():
     program = "import signal, rb_noisy, eval; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "preexec_fn": _hear_ctrl_c}
+    done = subprocess.run([sys.executable, "-c", program], **options)
     assert done.stdout.strip() == "True", done.stderr

@@ -40,7 +40,7 @@ from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import UNREADABLE, atomic_path, sha256, tensors_digest, write_json
-from rb_noisy.forward import checked_images, doubts, masked_doubt, natural_logits, spoiled_doubt, usable
+from rb_noisy.forward import checked_images, doubts, image_shape_of, masked_doubt, spoiled_doubt, usable
 from rb_noisy.hints import command_line
 from rb_noisy.measures import wilson_interval
 from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
@@ -225,17 +225,16 @@ def load_subject(
         if dataset is not None:
             raise
         raise InputError(f"{error}. {model} is evaluated on {name}; for other images give --dataset") from error
-    x, y = checked_images(data.x_test, getattr(found.model, "image_shape", None)), data.y_test
+    x, y = checked_images(data.x_test, image_shape_of(found.model)), data.y_test
     if n is not None and not 1 <= n <= len(x):
         raise InputError(f"--n is {n} but {name} has {len(x)} test images; give 1 to {len(x)}")
     part = subset(name, y, n, seed)
     # Convolutions are faster so, on a CPU by about a half; the values are the same but for rounding.
     network = found.model.to(chosen, memory_format=torch.channels_last).eval()
     try:
-        network = usable(network, x)
-        few = x[:CHECKED_ON].to(chosen)
-        classes = natural_logits(network, few).shape[1]
-        for doubt in doubts(network, few):
+        network, logits = usable(network, x)
+        classes = logits.shape[1]
+        for doubt in doubts(network, x[:CHECKED_ON].to(chosen)):
             warnings.warn(doubt, NetworkWarning, stacklevel=1)
     except InputError as error:
         raise InputError(f"{model} on {name}: {error}") from error

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rb_noisy.attacks import Norm, check_attack, generator_of, logits_of, pgd, start_of
 from rb_noisy.errors import InputError
-from rb_noisy.forward import ask, in_mode
+from rb_noisy.forward import ask, in_mode, outside_inference
 
 BATCH = 500
 
@@ -28,6 +28,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
+@outside_inference
 def neighbourhood_entropy(
     model: nn.Module,
     x: Tensor,
@@ -70,6 +71,7 @@ def neighbourhood_entropy(
     return torch.cat(found)
 
 
+@outside_inference
 def adversarial_entropy(
     model: nn.Module,
     x: Tensor,
@@ -112,6 +114,7 @@ def filter_normalised_direction(model: nn.Module, generator: torch.Generator) ->
     return direction
 
 
+@outside_inference
 def loss_landscape(
     model: nn.Module,
     x: Tensor,
@@ -132,9 +135,10 @@ def loss_landscape(
     Returns:
         (S, S), rows by a and columns by b.
     """
-    asked = ask(model, x, y, batch_size=BATCH)
-    x, y = asked.x, asked.y
-    first, second = directions
+    asked, names = ask(model, x, y, batch_size=BATCH), [name for name, _ in model.named_parameters()]
+    model, x, y = asked.model, asked.x, asked.y
+    asked_names = [name for name, _ in model.named_parameters()]  # what stands for a network may call them otherwise
+    first, second = ({new: way[old] for old, new in zip(names, asked_names, strict=True)} for way in directions)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     values = torch.empty(len(steps), len(steps))
     with in_mode(model, "eval"), torch.no_grad():
@@ -151,6 +155,7 @@ def loss_landscape(
     return values
 
 
+@outside_inference
 def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """‖∇_w L‖₂ of the mean cross entropy on images x (N, C, H, W) with labels y (N,) ([SGLR] §2), in eval mode.
 
@@ -159,6 +164,8 @@ def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> float:
     asked = ask(model, x, y, batch_size=BATCH)
     model, x, y = asked.model, asked.x, asked.y
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError(f"{type(model).__name__} has no weight that takes a gradient; let it: model.requires_grad_()")
     total = [torch.zeros_like(p) for p in parameters]
     with in_mode(model, "eval"), torch.enable_grad():
         for xb, yb in zip(x.split(BATCH), y.split(BATCH), strict=True):
@@ -169,6 +176,7 @@ def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return torch.stack([gradient.norm() for gradient in total]).norm().item()
 
 
+@outside_inference
 def loss_slopes(model: nn.Module, start: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Δwᵀ∇_wℓᵢ of every sample, with Δw = w − start: (N,), by one forward-mode pass in eval mode.
 
@@ -237,16 +245,18 @@ def confidence_trajectory(metrics: Sequence[Mapping[str, Any]], kind: str, of: s
     return Trajectory(*(np.array([line[name] for line in metrics], dtype=float) for name in names))
 
 
+@outside_inference
 def penultimate_features(model: nn.Module, x: Tensor) -> Tensor:
     """What the network's last linear layer is given ([SGLR] Figure 5): (N, D), in eval mode.
 
     Raises:
         InputError: the network has no linear layer.
     """
+    asked = ask(model, x, batch_size=BATCH)
+    model, x = asked.model, asked.x
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer whose input could be drawn; draw another model")
-    x = ask(model, x, batch_size=BATCH).x
     seen: list[Tensor] = []
     handle = layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().flatten(1)))
     try:

@@ -19,11 +19,19 @@ from torch import Tensor, nn
 from rb_noisy.csv_files import write_csv
 from rb_noisy.data import npz_images, open_npz, pixels
 from rb_noisy.errors import InputError
-from rb_noisy.forward import ask, checked_images, device_of, outside_inference, warn_of_masked, warn_of_spoiled
+from rb_noisy.forward import (
+    ask,
+    checked_images,
+    device_of,
+    image_shape_of,
+    outside_inference,
+    warn_of_masked,
+    warn_of_spoiled,
+)
 from rb_noisy.geometry import resistance
 from rb_noisy.image_files import read_images, some_image_files
 from rb_noisy.measures import wilson_interval
-from rb_noisy.radius import radius, step_size
+from rb_noisy.radius import radius, step_size, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +127,14 @@ def annotate(
         InputError: a setting out of range; images or answers of another kind than `rb_noisy.forward` says; a
             calibrator of another model, ε, α or norm.
     """
-    if steps < 1 or batch_size < 1:
-        raise InputError(f"steps is {steps} and batch_size is {batch_size}; give at least 1 for each")
+    steps, batch_size = whole_number(steps, "steps", least=1), whole_number(batch_size, "batch_size", least=1)
     eps = radius(eps, "eps", norm)
     step = 2.5 * eps / steps if alpha is None else step_size(alpha, eps, "alpha", norm)
     if calibrator is None:
         asked = ask(model, images, batch_size=batch_size)
         model, images, logits = asked.model, asked.x, asked.logits
     else:
-        images = checked_images(images, getattr(model, "image_shape", None))
+        images = checked_images(images, image_shape_of(model))
         given = {} if alpha is None else {"alpha": step}
         _check_calibrator(calibrator, model, eps=eps, norm=norm, **given)
     device, parts = device_of(model, images), []

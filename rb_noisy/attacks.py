@@ -31,7 +31,7 @@ from rb_noisy.forward import (
     warn_of_masked,
     warn_of_spoiled,
 )
-from rb_noisy.radius import radius, step_size
+from rb_noisy.radius import radius, step_size, whole_number
 
 Norm = Literal["Linf", "L2"]
 Definition = Literal["first", "count"]
@@ -153,6 +153,9 @@ def pgd(
             judged = y
         elif len(checked_labels(kappa_labels, x, "kappa_labels")):
             checked_classes(kappa_labels, asked.logits.shape[1], "kappa_labels")
+    if not len(x):
+        none = torch.zeros_like(judged, dtype=torch.bool)
+        return AttackResult(x.clone(), torch.zeros_like(judged), *([none] * 2 if evaluate_final else [None] * 2))
     if start_radius is not None and not (0 <= start_radius < math.inf and norm == "Linf" and random_start is True):
         raise InputError(
             f"start_radius is {start_radius} with norm {norm!r} and random_start={random_start!r}; give a number of at "
@@ -230,6 +233,8 @@ def moved(
         if project:
             further = torch.minimum(torch.maximum(further, x - eps), x + eps)
     else:
+        # By the largest first: the squares of a very small or large gradient are 0 or infinite.
+        gradient = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
         further = x_adv + alpha * gradient / _l2(gradient).clamp_min(1e-12)
         if project:
             delta = further - x
@@ -269,13 +274,13 @@ def _l2(v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x)
+    return model(x).clone()  # a network may answer in one and the same tensor each time
 
 
 def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if seed is not None and generator is not None:
         raise InputError("both seed and generator are given; give one of them")
-    return torch.Generator().manual_seed(seed) if seed is not None else generator
+    return torch.Generator().manual_seed(whole_number(seed, "seed", most=2**63 - 1)) if seed is not None else generator
 
 
 def _attack_loss(loss: str | AttackLoss) -> AttackLoss:
@@ -298,7 +303,6 @@ def check_attack(
         raise unknown_name("norm", norm, NORMS)
     if definition not in DEFINITIONS:
         raise unknown_name("definition of κ", definition, DEFINITIONS)
-    if not isinstance(steps, int) or steps < 0:
-        raise InputError(f"steps is {steps}; give a whole number of at least 0")
+    whole_number(steps, "steps")
     eps = radius(eps, "eps", norm)
     return eps, step_size(alpha, eps, "alpha", norm)

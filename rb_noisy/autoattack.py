@@ -31,7 +31,9 @@ from rb_noisy.forward import (
     checked_images,
     checked_labels,
     depends_on_batch,
+    differ,
     finite,
+    image_shape_of,
     in_training,
     is_right,
     natural_logits,
@@ -40,11 +42,14 @@ from rb_noisy.forward import (
     usable,
 )
 from rb_noisy.processes import Processes, own_file
-from rb_noisy.radius import radius
+from rb_noisy.radius import radius, whole_number
+from rb_noisy.weights import kept_buffers
 
 NORMS = ("Linf", "L2", "L1")
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version's attacks, in its order."""
+
+_OTHER = 1e-2  # logits further apart, as a share of the largest, are another network's, not another device's
 
 # FAB-T draws nothing at random, so that its batches may be cut otherwise than the reference's: on a CPU, where no more
 # is won by larger ones, into such that several processes end together.
@@ -152,7 +157,8 @@ def run_autoattack(
     """
     report, processes = progress or (lambda stage, done, total: None), processes or Processes()
     eps = radius(eps, "eps", norm, above_zero=True) if norm in NORMS else eps
-    x = checked_images(x, getattr(model, "image_shape", None)).cpu()
+    batch_size = whole_number(batch_size, "batch_size", least=1)
+    x = checked_images(x, image_shape_of(model)).cpu()
     y = checked_labels(y.cpu() if isinstance(y, Tensor) else y, x)
     task = _Task(
         model, x, y, eps, norm, seed, batch_size, torch.device(device), tuple(attacks), reference, processes, report
@@ -161,12 +167,18 @@ def run_autoattack(
     settings = _settings(task, return_adversarials, half=fast is not None and fast.half)
     log = Warnings()
     state = None if state_path is None else load(state_path, settings, x, log)
-    if state is None or state.attack < len(task.attacks):  # what is finished asks no network
-        model = usable(model, x, "keep")
-        task = replace(task, model=model)
+    model, answers = usable(model, x, "keep")
+    task = replace(task, model=model)
+    if state is not None and state.answers is not None and differ(state.answers, answers, _OTHER):
+        # Its weights are the same, but not what it does with them.
+        raise InputError(
+            f"the AutoAttack state {state_path} is of a run with another model, whose logits of these images differ; "
+            "delete it or give another path"
+        )
     if state is None:
-        broken_by = torch.where(_clean(task), SURVIVED, WRONG).to(torch.int8)
-        state = State(broken_by, x.clone() if return_adversarials else None)
+        with kept_buffers(model):
+            broken_by = torch.where(_clean(task), SURVIVED, WRONG).to(torch.int8)
+        state = State(broken_by, x.clone() if return_adversarials else None, answers=answers)
     state.share(processes, x)  # none of the files is written before all are read
 
     def keep() -> None:
@@ -175,8 +187,8 @@ def run_autoattack(
 
     if state.attack < len(task.attacks):
         keep()
-        # The attacks seed torch's global generator before every batch.
-        with torch.random.fork_rng(devices=_devices(task.device)):
+        # The attacks seed torch's global generator before every batch; a BatchNorm may have been left in training.
+        with torch.random.fork_rng(devices=_devices(task.device)), kept_buffers(model):
             adversary = _build_attacks(task, log)
             dynamic = _check_defence(task, adversary, log)
             random = any("andomized" in message for message in log.messages.values())
@@ -203,10 +215,8 @@ def _check_arguments(task: _Task) -> None:
         raise InputError(f"x is {x.dtype} of shape {tuple(x.shape)}; give float32 images (N, C, H, W), N at least 1")
     if task.norm not in NORMS:
         raise unknown_name("norm", task.norm, NORMS)
-    if not isinstance(task.seed, (int, np.integer)):
+    if isinstance(task.seed, bool) or not isinstance(task.seed, (int, np.integer)):
         raise InputError(f"seed must be an integer, not {task.seed!r}: runs seeded by the clock cannot be resumed")
-    if task.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {task.batch_size}")
     for attack in attacks:
         if attack not in ATTACKS:
             raise unknown_name("attack", attack, ATTACKS)

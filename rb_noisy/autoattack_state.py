@@ -22,13 +22,17 @@ SURVIVED, WRONG = -1, 0
 
 @dataclass
 class State:
-    """`attack` is under way, of which the `batches` of `size` are finished; the others as in `AutoAttackResult`."""
+    """`attack` is under way, of which the `batches` of `size` are finished; the others as in `AutoAttackResult`.
+
+    `answers`: the network's logits (n, K) of the first images; None in older files.
+    """
 
     broken_by: Tensor
     x_adv: Tensor | None
     attack: int = 0
     batches: set[int] = field(default_factory=set)
     size: int = 0
+    answers: Tensor | None = None
 
     def count_in(self, size: int) -> None:
         """The attack under way goes in batches of `size`; those of another, from another device, were cut elsewhere."""
@@ -73,6 +77,8 @@ def save(path: Path, settings: dict[str, Any], state: State, log: Warnings) -> N
     arrays = {"about": np.array(json.dumps(about)), "broken_by": state.broken_by.numpy()}
     if state.x_adv is not None:
         arrays["x_adv"] = state.x_adv[state.broken_by > WRONG].numpy()
+    if state.answers is not None:
+        arrays["answers"] = state.answers.numpy()
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -98,7 +104,7 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             broken_by = torch.from_numpy(file["broken_by"])
-            x_adv = torch.from_numpy(file["x_adv"]) if "x_adv" in file else None
+            x_adv, answers = (torch.from_numpy(file[name]) if name in file else None for name in ("x_adv", "answers"))
         attack, batches, messages = about.pop("attack"), set(about.pop("batches")), about.pop("warnings")
         size = about.pop("size")
         if broken_by.shape != (len(x),) or broken_by.is_floating_point() or not isinstance(attack, int):
@@ -118,4 +124,4 @@ def _load_one(path: Path, settings: dict[str, Any], x: Tensor, log: Warnings) ->
         whole = x.clone()
         whole[broken_by > WRONG] = x_adv
         x_adv = whole
-    return State(broken_by, x_adv, attack, batches, size)
+    return State(broken_by, x_adv, attack, batches, size, answers)

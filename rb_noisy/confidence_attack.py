@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rb_noisy.attacks import ATTACK_LOSSES, check_attack, gradient_of, moved, start_of
-from rb_noisy.forward import ask, in_mode
+from rb_noisy.forward import ask, in_mode, outside_inference
 
 
 def believed_attack(
@@ -49,8 +49,13 @@ def believed_attack(
     model, x, target = asked.model, asked.x, asked.y
     loss, nothing = ATTACK_LOSSES["ce"], x.new_empty(0)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    point = start_of(x, eps, norm, True, generator)
-    for step in range(1, steps + 1):
+
+    @outside_inference  # not around the generator, between whose steps its caller may be inside
+    def begun() -> Tensor:
+        return start_of(x, eps, norm, True, generator)
+
+    @outside_inference
+    def one_further(point: Tensor) -> Tensor:
         with in_mode(model, "eval"):
             gradient, _ = gradient_of(model, point, target, nothing, loss)
             total, inner = gradient, point
@@ -58,6 +63,10 @@ def believed_attack(
                 inner = moved(inner, point, gradient, inner_eps, 2.5 * inner_eps / inner_steps, norm)
                 gradient, _ = gradient_of(model, inner, target, nothing, loss)
                 total = total + gradient
-        point = moved(point, x, -total, eps, 2.5 * eps / steps, norm)
+        return moved(point, x, -total, eps, 2.5 * eps / steps, norm)
+
+    point = begun()
+    for step in range(1, steps + 1):
+        point = one_further(point)
         if step % every == 0 or step == steps:
             yield point

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rb_noisy.fast import FastForm
+from rb_noisy.forward import differ
 from rb_noisy.local_forward import LocalForward
 
 # Multiplications per image; below, a network is so small that cutting and pasting takes longer.
@@ -274,8 +275,7 @@ class _NewQueries:
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:
-    rounding = _ROUNDING.get(wanted.device.type, 1e-5) * max(1.0, wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    return torch.allclose(found, wanted, rtol=0, atol=rounding, equal_nan=True)
+    return not differ(wanted, found, _ROUNDING.get(wanted.device.type, 1e-5))
 
 
 def _bounds(moved: Tensor) -> tuple[int, int, int, int]:

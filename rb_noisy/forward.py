@@ -16,6 +16,7 @@ other images of the batch, and gradients that are zero or not finite, which hide
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -27,8 +28,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from rb_noisy.errors import InputError, NetworkWarning
+from rb_noisy.weights import kept_buffers
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -68,6 +71,7 @@ def outside_inference(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+@outside_inference
 def ask(
     model: nn.Module,
     x: Tensor,
@@ -92,7 +96,9 @@ def ask(
     Raises:
         InputError: any of them does not keep the contract.
     """
-    x = checked_images(x, getattr(model, "image_shape", None))
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the network is a {type(model).__name__}; wrap it in a torch.nn.Module")
+    x = checked_images(x, image_shape_of(model))
     y = None if y is None else checked_labels(y, x)
     mode = "keep" if mode == "keep" and not in_training(model) else "eval"
     network = _convertible(model, x)
@@ -120,8 +126,8 @@ def checked_images(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     Raises:
         InputError: other values, another shape, no floating point.
     """
-    if not isinstance(x, Tensor):
-        raise InputError(f"the images are {type(x).__name__}; give a tensor (N, C, H, W), e.g. torch.as_tensor(images)")
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.device.type == "meta":
+        raise InputError(f"the images are {_kind(x)}; give a dense tensor (N, C, H, W), e.g. torch.as_tensor(images)")
     if x.dim() != 4:
         raise InputError(f"the images have shape {tuple(x.shape)}; give (N, C, H, W)")
     if not x.is_floating_point():
@@ -218,7 +224,7 @@ def doubts(model: nn.Module, x: Tensor) -> list[str]:
             "the network's answers look like probabilities (each row sums to 1), not logits: its confidence is then "
             "wrong and its gradients vanish; leave the softmax out"
         )
-    if _differ(logits, again):
+    if differ(logits, again):
         found.append(
             "the network gives the same images other logits each time: a single attack says too much for it; attack "
             "the mean of its answers (expectation over transformation)"
@@ -237,7 +243,7 @@ def looks_like_probabilities(logits: Tensor) -> bool:
 @torch.no_grad()
 def depends_on_batch(model: nn.Module, x: Tensor) -> bool:
     """Whether the logits of the first of the images (N, C, H, W) change with the others of its batch."""
-    return len(x) > 1 and _differ(natural_logits(model, x)[:1], natural_logits(model, x[:1]))
+    return len(x) > 1 and differ(natural_logits(model, x)[:1], natural_logits(model, x[:1]))
 
 
 def warn_of_masked(hidden: Tensor) -> None:
@@ -265,6 +271,13 @@ def warn_of_spoiled(count: int) -> None:
 
 def spoiled_doubt(count: int) -> str:
     return f"the network's logits of {count} attacked images are not finite; these images count as broken"
+
+
+def image_shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """(C, H, W) of the images that a network was trained on; None where it does not say."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        model = model.module
+    return getattr(model, "image_shape", None)
 
 
 def device_of(model: nn.Module, x: Tensor) -> torch.device:
@@ -317,17 +330,20 @@ class _Bridge(nn.Module):
         return self.model(given.clone() if self.own_images else given).to(x.dtype)
 
 
-def usable(model: nn.Module, x: Tensor, mode: str = "eval") -> nn.Module:
+@outside_inference
+def usable(model: nn.Module, x: Tensor, mode: str = "eval") -> tuple[nn.Module, Tensor]:
     """The network, or what stands for it, so that it takes images x (N, C, H, W), leaves them, and has gradients.
+
+    And its finite logits (n, K) of the first few of them, on the CPU; of one that draws at random, for one seed.
 
     Raises:
         InputError: it cannot take them, or answers with something else than logits (N, K).
     """
     network = _convertible(model, x)
-    if len(x):
-        with _apart(network, x, mode) as device:
-            network, _ = _first_answer(network, x[:_FEW].to(device))
-    return network
+    with _apart(network, x, mode) as device:
+        torch.manual_seed(0)
+        network, logits = _first_answer(network, x[:_FEW].to(device))
+    return network, all_finite(logits).cpu()
 
 
 @contextmanager
@@ -335,7 +351,8 @@ def _apart(model: nn.Module, x: Tensor, mode: str) -> Iterator[torch.device]:
     """Passes in the block leave nothing behind, neither gradients nor random numbers drawn; yields the device."""
     device = device_of(model, x)
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with random, torch.no_grad(), in_mode(model, mode):
+    statistics = kept_buffers(model) if mode == "keep" else contextlib.nullcontext()  # of a part left in training
+    with random, torch.no_grad(), statistics, in_mode(model, mode):
         yield device
 
 
@@ -345,7 +362,12 @@ def _convertible(model: nn.Module, x: Tensor) -> nn.Module:
     precision = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), x.dtype)
     half = precision in (torch.float16, torch.bfloat16)
     if half or any(tensor.is_inference() for tensor in tensors):
-        model = copy.deepcopy(model)
+        try:
+            model = copy.deepcopy(model)
+        except Exception as error:  # whatever its parts raise
+            kind = "is in half precision" if half else "was made in inference mode"
+            way_out = "give it in float32: model.float()" if half else "make it outside"
+            raise InputError(f"the network {kind} and cannot be copied ({error}); {way_out}") from error
         model = model.float() if half else model
         precision = torch.float32 if half else precision
     if precision != x.dtype or isinstance(model, torch.jit.ScriptModule):
@@ -364,7 +386,7 @@ def _first_answer(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _answer(model: nn.Module, x: Tensor) -> Tensor:
-    """What the network answers to images (N, C, H, W), if it is logits (N, K)."""
+    """What the network answers to images (N, C, H, W), if it is logits (N, K); in a tensor of their own."""
     try:
         answer = model(x)
     except torch.OutOfMemoryError:
@@ -373,7 +395,7 @@ def _answer(model: nn.Module, x: Tensor) -> Tensor:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         images = f"{len(x)} images of {_sides(x.shape[1:])} in {x.dtype}"
         raise InputError(f"the network cannot take {images} ({reason}); give what it was made for") from error
-    return _logits(answer, len(x))
+    return _logits(answer, len(x)).clone()  # some answer in one and the same tensor each time
 
 
 def _logits(answer: Any, count: int) -> Tensor:
@@ -404,9 +426,19 @@ def _described(answer: Any) -> str:
     return f"{kind}, where a tensor of logits (N, K) is wanted"
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    scale = max(1.0, a.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    return not torch.allclose(a / scale, b / scale, rtol=0, atol=_APART, equal_nan=True)
+def differ(a: Tensor, b: Tensor, tolerance: float = _APART) -> bool:
+    """Whether logits (N, K) are further apart than a share of the largest, for each class: one may be switched off."""
+    scale = column_scale(a)
+    return a.shape != b.shape or not torch.allclose(a / scale, b / scale, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def column_scale(logits: Tensor) -> Tensor:
+    """(1, K) the largest size of each class's finite logits (N, K), at least 1."""
+    return logits.nan_to_num(0.0, 0.0, 0.0).abs().amax(0, keepdim=True).clamp_min(1.0)
+
+
+def _kind(x: Any) -> str:
+    return f"a {x.layout} tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _sides(shape: Any) -> str:

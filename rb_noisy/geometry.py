@@ -25,7 +25,6 @@ from rb_noisy.attacks import (
     moved,
     start_of,
 )
-from rb_noisy.errors import InputError
 from rb_noisy.forward import (
     ask,
     checked_classes,
@@ -39,6 +38,7 @@ from rb_noisy.forward import (
     warn_of_masked,
     warn_of_spoiled,
 )
+from rb_noisy.radius import whole_number
 
 
 @outside_inference
@@ -337,6 +337,4 @@ def _count_right(attack: _Attack, x: Tensor, y: Tensor, progress: Callable[[int]
 
 
 def _positive(batch_size: int) -> int:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; give at least 1")
-    return batch_size
+    return whole_number(batch_size, "batch_size", least=1)

@@ -1,8 +1,9 @@
-"""Radii and step sizes, as papers write them."""
+"""Radii and step sizes, as papers write them, and whole numbers."""
 
 from __future__ import annotations
 
 import math
+import operator
 
 from rb_noisy.errors import InputError
 
@@ -39,6 +40,21 @@ def step_size(value: float | str, eps: float, name: str = "alpha", norm: str = "
     return number if number <= 2.5 * eps else radius(value, name, norm)
 
 
+def whole_number(value: int, name: str, *, least: int = 0, most: float = math.inf) -> int:
+    """A whole number, NumPy's too.
+
+    Raises:
+        InputError: another kind of number, or one out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        raise InputError(f"{name} is {value!r}; give a whole number of at least {least}")
+    return number
+
+
 def parse_radius(text: str, name: str = "--eps") -> float:
     """The number that an option of the command line means; whether it fits the norm is asked once that is known."""
     return _number(text, name)
@@ -50,5 +66,5 @@ def _number(value: float | str, name: str) -> float:
             raise TypeError
         numerator, slash, denominator = value.partition("/") if isinstance(value, str) else (value, "", "")
         return float(numerator) / float(denominator) if slash else float(numerator)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError):
         raise InputError(f"{name} is {value!r}; give a number such as 0.2 or 8/255") from None

@@ -397,12 +397,27 @@ def test_what_several_processes_left_one_goes_on_from(tmp_path):
     assert all(done == total for attack, done, total in stages if attack == "apgd-ce"), "together they had done it all"
 
 
-def test_finished_run_is_read_back_without_a_forward_pass(tmp_path):
+def test_finished_run_is_read_back_at_one_pass_of_a_few_images(tmp_path):
     model = small_model()
     x, y = small_data(model)
     first = run(model, x, y, state_path=tmp_path / "state.npz", return_adversarials=True)
-    model.register_forward_pre_hook(lambda *args: pytest.fail("the model was called"))
+    passes = []
+    model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     assert same(run(model, x, y, state_path=tmp_path / "state.npz", return_adversarials=True), first)
+    assert len(passes) == 1
+    assert passes[0] <= 16
+
+
+def test_the_state_of_a_network_that_does_something_else_with_the_same_weights_is_refused(tmp_path):
+    class Turned(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).roll(1, 1)
+
+    model, state = small_model(), tmp_path / "state.npz"
+    x, y = small_data(model, n=8)
+    run(model, x, y, state_path=state, attacks=("apgd-ce",))
+    with pytest.raises(InputError, match="of a run with another model, whose logits of these images differ"):
+        run(Turned(*model).eval(), x, y, state_path=state, attacks=("apgd-ce",))
 
 
 @pytest.mark.parametrize("changed", ["model", "x", "y", "eps", "norm", "seed", "batch_size", "attacks"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rb_noisy
+from rb_noisy import analysis
 from rb_noisy.annotation import annotate
-from rb_noisy.attacks import pgd
+from rb_noisy.attacks import moved, pgd
 from rb_noisy.autoattack import run_autoattack
 from rb_noisy.confidence import calibrate, withstands
 from rb_noisy.confidence_attack import believed_attack
@@ -532,3 +534,174 @@ def test_no_command_takes_images_of_another_shape(command, tmp_path):
     ended = evaluate(command, "--model", "at_digits", "--eps", "8")
     assert ended.returncode == 2
     assert "did you mean 8/255?" in ended.stderr
+
+
+# --- what an attack from outside found
+
+
+@pytest.mark.parametrize("scale", [1, 3, 5, 8, 1e-9])
+def test_an_l2_step_has_its_length_however_small_the_gradient(scale):
+    """Its squares vanish in float32 long before it does, and a step would be none."""
+    gradient = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2) * 10.0 ** (-4 * scale if scale >= 1 else 20)
+    x = torch.full((1, 1, 1, 2), 0.5)
+    step = moved(x, x, gradient, eps=0.5, alpha=0.25, norm="L2") - x
+    torch.testing.assert_close(step.flatten(), torch.tensor([0.15, 0.2]))
+
+
+def test_a_surer_network_falls_to_l2_all_the_same(images):
+    x, y = images
+    model = rb_noisy.load_model("st_digits")
+    attack = {"eps": 1.0, "alpha": 0.25, "steps": 10, "norm": "L2", "random_start": False, "evaluate_final": True}
+    plain, sure = (pgd(Around(model, after=lambda z, s=s: z * s).eval(), x, y, **attack) for s in (1, 3))
+    assert abs(int(plain.broken.sum()) - int(sure.broken.sum())) <= 1
+
+
+class OneBuffer(nn.Module):
+    """Answers in one tensor each time where no gradient is asked for, as runners of recorded graphs do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.answers = model, {}
+
+    def forward(self, x):
+        z = self.model(x)
+        return z if torch.is_grad_enabled() else self.answers.setdefault(len(x), torch.empty_like(z)).copy_(z)
+
+
+def test_a_network_that_answers_in_one_tensor_each_time(model, images):
+    x, y = images
+    one = OneBuffer(model).eval()
+    assert torch.equal(annotate(one, x, eps=0.2, batch_size=8).label, annotate(model, x, eps=0.2).label)
+    assert torch.equal(kappa(one, x, batch_size=8, **BALL), kappa(model, x, **BALL))
+    with pytest.warns(NetworkWarning, match="other logits each time"):
+        kappa(OneBuffer(Around(model, before=lambda x: x + 0.3 * torch.randn_like(x))).eval(), x, y, **BALL)
+
+
+def off(z: Tensor) -> Tensor:
+    return torch.cat([z, torch.full_like(z[:, :1], -1e9)], 1)
+
+
+def test_a_class_that_is_switched_off_hides_nothing(model, images):
+    x, y = images
+    for before, words in (
+        (lambda x: x + 0.3 * torch.randn_like(x), "other logits each time"),
+        (lambda x: x - x.mean(0, keepdim=True) + 0.5, "depend on the other images"),
+    ):
+        with pytest.warns(NetworkWarning, match=words):
+            kappa(Around(model, before=before, after=off).eval(), x, y, **BALL)
+
+
+class _Quantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.register_forward_pre_hook(lambda module, given: (_Quantised.apply(given[0]),))
+    return model
+
+
+def _rebound(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    plain = model.forward
+    model.forward = lambda x: plain(_Quantised.apply(x))
+    return model
+
+
+@pytest.mark.parametrize("change", [_hooked, _rebound])
+def test_the_fast_form_keeps_what_sits_on_the_network(change, images):
+    """Also where it does nothing to natural images, so that these cannot tell."""
+    x, y = (images[0] * 4).round() / 4, images[1]
+    network = change(rb_noisy.load_model("st_digits"))
+    options = {"eps": 0.1, "alpha": 0.025, "steps": 10, "seed": 0, "evaluate_final": True}
+    assert torch.equal(pgd(fast_form(network), x, y, **options).broken, pgd(network, x, y, **options).broken)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [fast_form, nn.DataParallel, torch.optim.swa_utils.AveragedModel], ids=lambda f: f.__name__
+)
+def test_what_wraps_a_network_knows_the_shape_of_its_images(wrapped, model, images):
+    network = wrapped(model).eval()
+    with pytest.raises(InputError, match="the network was trained on 1x8x8"):
+        annotate(network, torch.rand(4, 1, 32, 32), eps=0.2)
+    assert torch.equal(kappa(network, *images, **BALL), kappa(model, *images, **BALL))
+
+
+def test_autoattack_leaves_a_batchnorm_in_training_as_it_was(images, tmp_path):
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    network[0].train()
+    before = network[0].running_mean.clone()
+    for _ in range(2):  # the second reads the state of the first
+        run_autoattack(network, *images, eps=0.02, attacks=["apgd-ce"], state_path=tmp_path / "state.npz")
+        assert torch.equal(network[0].running_mean, before)
+        assert network[0].training
+
+
+def test_the_analysis_keeps_the_contract_too(images):
+    x, y = images
+    model = rb_noisy.load_model("at_digits")
+    generator = torch.Generator().manual_seed(0)
+    ways = [analysis.filter_normalised_direction(model, generator) for _ in range(2)]
+    asked = {
+        "adversarial_entropy": lambda m, x: analysis.adversarial_entropy(m, x, y, eps=0.2, alpha=0.05, seed=0),
+        "neighbourhood_entropy": lambda m, x: analysis.neighbourhood_entropy(m, x, eps=0.2, points=2, seed=0),
+        "gradient_norm": lambda m, x: torch.tensor(analysis.gradient_norm(m, x, y)),
+        "penultimate_features": analysis.penultimate_features,
+        "loss_landscape": lambda m, x: analysis.loss_landscape(m, x, y, directions=ways, steps=[0.0, 0.1]),
+        "believed_attack": lambda m, x: list(believed_attack(m, x, (y + 1) % 10, eps=0.2, steps=2, seed=0))[-1],
+    }
+    half = copy.deepcopy(model).half()
+    for name, ask in asked.items():
+        wanted = ask(model, x)
+        with torch.inference_mode():
+            torch.testing.assert_close(ask(model, x * 1), wanted, msg=name)
+        torch.testing.assert_close(ask(half, x).float(), ask(copy.deepcopy(half).float(), x), msg=name)
+        if name not in ("adversarial_entropy", "neighbourhood_entropy", "believed_attack"):  # drawn in the images' type
+            torch.testing.assert_close(ask(model, x.double()).float(), wanted, msg=name)
+    with pytest.raises(InputError, match="no weight that takes a gradient"):
+        analysis.gradient_norm(fast_form(model), x, y)
+
+
+def test_odd_numbers(model, images):
+    x, y = images
+    for name in ("steps", "seed", "batch_size"):
+        value = {"steps": 3, "seed": 0, "batch_size": 7}[name]
+        plain = kappa(model, x, y, **{**BALL, name: value})
+        assert torch.equal(kappa(model, x, y, **{**BALL, name: np.int64(value)}), plain)
+        for odd in (2.5, "2", None if name != "seed" else 1.5, True, -1):
+            with pytest.raises(InputError, match=f"{name} is "):
+                kappa(model, x, y, **{**BALL, name: odd})
+    with pytest.raises(InputError, match="eps is 1000"):
+        kappa(model, x, y, **BALL | {"eps": 10**400})
+    with pytest.raises(InputError, match="the network is a function; wrap it"):
+        kappa(lambda x: model(x), x, y, **BALL)
+    with pytest.raises(InputError, match="give a dense tensor"):
+        kappa(model, x.to_sparse(), y, **BALL)
+    with pytest.raises(InputError, match="give a dense tensor"):
+        kappa(model, x.to("meta"), y, **BALL)
+    with pytest.raises(InputError, match="give a dense tensor"):
+        kappa(model, x.numpy(), y, **BALL)
+
+
+def test_half_precision_that_cannot_be_copied(images):
+    network = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(64, 10))).bfloat16().eval()
+    with pytest.raises(InputError, match=r"cannot be copied .*; give it in float32: model.float\(\)"):
+        kappa(network, *images, **BALL)
+
+
+def test_no_images(model):
+    class Viewed(nn.Module):
+        def forward(self, x):
+            return x.view(x.size(0), -1)[:, :10]
+
+    for network in (model, Viewed()):
+        none = torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)
+        attack = pgd(network, *none, evaluate_final=True, **BALL)
+        assert attack.x_adv.shape == none[0].shape
+        assert len(attack.kappa) == len(attack.broken) == len(stands(network, *none, **BALL)) == 0

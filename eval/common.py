@@ -40,7 +40,7 @@ from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import UNREADABLE, atomic_path, sha256, tensors_digest, write_json
-from rb_noisy.forward import checked_images, doubts, image_shape_of, masked_doubt, spoiled_doubt, usable
+from rb_noisy.forward import all_finite, checked_images, doubts, image_shape_of, masked_doubt, spoiled_doubt, usable
 from rb_noisy.hints import command_line
 from rb_noisy.measures import wilson_interval
 from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
@@ -233,7 +233,7 @@ def load_subject(
     network = found.model.to(chosen, memory_format=torch.channels_last).eval()
     try:
         network, logits = usable(network, x)
-        classes = logits.shape[1]
+        classes = all_finite(logits).shape[1]
         for doubt in doubts(network, x[:CHECKED_ON].to(chosen)):
             warnings.warn(doubt, NetworkWarning, stacklevel=1)
     except InputError as error:

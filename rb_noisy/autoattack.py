@@ -27,6 +27,7 @@ from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.fewer_passes import spare_passes
 from rb_noisy.files import tensors_digest
 from rb_noisy.forward import (
+    all_finite,
     checked_classes,
     checked_images,
     checked_labels,
@@ -36,7 +37,6 @@ from rb_noisy.forward import (
     image_shape_of,
     in_training,
     is_right,
-    natural_logits,
     outside_inference,
     spoiled_doubt,
     usable,
@@ -231,11 +231,11 @@ def _check_arguments(task: _Task) -> None:
 def _clean(task: _Task) -> Tensor:
     total = len(task.x)
     task.report("clean", 0, total)
-    correct = []
-    for x, y in zip(task.x.split(task.batch_size), task.y.split(task.batch_size), strict=True):
-        correct.append(natural_logits(task.model, x.to(task.device)).argmax(1).cpu() == y)
-        task.report("clean", min(len(correct) * task.batch_size, total), total)
-    return torch.cat(correct)
+    answers: list[Tensor] = []
+    for x in task.x.split(task.batch_size):
+        answers.append(task.model(x.to(task.device)).cpu())
+        task.report("clean", min(len(answers) * task.batch_size, total), total)
+    return all_finite(torch.cat(answers)).argmax(1) == task.y
 
 
 def _attack(

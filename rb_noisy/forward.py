@@ -334,7 +334,7 @@ class _Bridge(nn.Module):
 def usable(model: nn.Module, x: Tensor, mode: str = "eval") -> tuple[nn.Module, Tensor]:
     """The network, or what stands for it, so that it takes images x (N, C, H, W), leaves them, and has gradients.
 
-    And its finite logits (n, K) of the first few of them, on the CPU; of one that draws at random, for one seed.
+    And its logits (n, K) of the first few of them, on the CPU; of one that draws at random, for one seed.
 
     Raises:
         InputError: it cannot take them, or answers with something else than logits (N, K).
@@ -343,7 +343,7 @@ def usable(model: nn.Module, x: Tensor, mode: str = "eval") -> tuple[nn.Module, 
     with _apart(network, x, mode) as device:
         torch.manual_seed(0)
         network, logits = _first_answer(network, x[:_FEW].to(device))
-    return network, all_finite(logits).cpu()
+    return network, logits.cpu()
 
 
 @contextmanager

@@ -483,7 +483,7 @@ def test_damaged_state_is_refused_and_kept(tmp_path, damage):
         ({"attacks": ()}, "at least one of"),
         ({"attacks": ("square", "square")}, "each attack once"),
         ({"eps": 0.0}, "give a number above 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
     ],
 )
 def test_unusable_settings_are_named(options, part):

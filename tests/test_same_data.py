@@ -300,16 +300,14 @@ def test_a_fold_whose_data_file_is_gone_gets_the_same_again_or_none(folds):
     original = file.read_bytes()
     swap(file)
     (folder / "0.npz").rename(folder / "away")
-    with pytest.raises(InputError, match="the images or labels of .* are not those that .*folds/0 was trained on"):
+    with pytest.raises(InputError, match=r"the images or labels of .* are not those that .*folds/0 was trained on"):
         out_of_fold(recipe, 2, folder)
     assert not (folder / "1.npz").exists()
     assert not (folder / "0.npz").exists()
     (folder / "away").rename(folder / "0.npz")
     file.write_bytes(original)
     out_of_fold(recipe, 2, folder)
-    with np.load(folder / "1.npz") as saved:
-        assert len(saved["x_test"])
-    assert (folder / "1.npz").read_bytes() == whole or len(whole)
+    assert (folder / "1.npz").read_bytes() == whole
     assert {path: content for path, content in contents(folder).items() if path in kept} == kept
 
 

@@ -48,6 +48,7 @@ from rb_noisy.processes import Processes
 from rb_noisy.radius import parse_radius
 from rb_noisy.radius import radius as in_range
 from rb_noisy.runs import Run
+from rb_noisy.same_data import check_classes
 from rb_noisy.subsets import images_of, subset
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
@@ -240,8 +241,16 @@ def load_subject(
         raise InputError(f"{model} on {name}: {error}") from error
     if classes != data.num_classes:
         raise InputError(f"{model} tells {classes} classes apart but {name} has {data.num_classes}; give --dataset")
+    on_own = found.data is not None and name == found.data
+    if learnt := found.card.get("class_names"):  # timm does not say what its classes are
+        way_out = "bring the classes of the data into the order that the model learnt"
+        if on_own:
+            way_out = "give the classes their names and order back, or train anew"
+        doubt = check_classes(learnt, data.class_names, model, name, way_out, other_names=not on_own)
+        if doubt is not None:
+            warnings.warn(f"{doubt}; the figures take both for the same", NetworkWarning, stacklevel=1)
     # A figure on other data or another ε is not the card's figure.
-    own = found.data is not None and name == found.data and radius == found.eps
+    own = on_own and radius == found.eps
     subject = Subject(
         label=found.label,
         model=network,

@@ -21,7 +21,7 @@ from rb_noisy.files import write_json
 from rb_noisy.label_issues import SCORES, OutOfFold, check_score, estimate_noise_rate, scores
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run
-from rb_noisy.training_data import training_set
+from rb_noisy.training_data import run_data, same_training_set
 
 MEASURES = {"auroc": "AUROC", "average_precision": "average precision", "precision": "precision at the true rate"}
 COLUMNS = ("data", "method", "noise", "judged by", "score", "runs", *MEASURES.values(), "estimated rate", "true rate")
@@ -70,16 +70,19 @@ def judge(path: Path, data_root: Path | None = None) -> Judged:
     """Read a run folder, or a folder of `rb-noisy label-issues` (its out-of-fold models, else its run).
 
     Raises:
-        InputError: neither is there, or the true labels are not known.
+        InputError: neither is there, the true labels are not known, or the data are not those that it was trained on.
     """
     source: Any
-    if (path / "out_of_fold.npz").is_file():
-        found = OutOfFold.open(path / "out_of_fold.npz")
+    file = path / "out_of_fold.npz"
+    if file.is_file():
+        found = OutOfFold.open(file)
         recipe, source, by, epochs = found.recipe, found, f"{int(found.fold.max()) + 1} folds", found.recipe.epochs
+        known = (found.class_names, found.data_sha256, str(file), data_root, len(found.given))
+        labels = same_training_set(recipe, *known)[1]
     else:
         run = Run.open(path / "run" if (path / "run" / "run.json").is_file() else path)
         recipe, source, by, epochs = run.recipe, run.history(), "history", len(run.metrics)
-    labels = training_set(recipe, data_root)[1]
+        labels = run_data(run, data_root, source.loss.shape[1])[1]
     wrong, rate = labels.is_wrong.numpy(), estimate_noise_rate(source, labels.given)
     values = {}
     for name in SCORES:

@@ -32,6 +32,7 @@ def _entrypoint(card: dict[str, Any], name: str) -> Callable[..., nn.Module]:
         model = load_model(card["name"]) if pretrained else build_backbone(**options)
         if num_classes not in (None, options["num_classes"]):
             getattr(model, "model", model).reset_classifier(num_classes)
+            model.class_names = None  # they were those of the finished model
         return model
 
     create.__name__ = create.__qualname__ = name

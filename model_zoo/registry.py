@@ -37,7 +37,8 @@ Entry = TypeVar("Entry")
 def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
     """A finished model in eval mode: images (N, C, H, W) in [0, 1] in, logits (N, K) out.
 
-    Its attribute `image_shape` is the (C, H, W) that it was trained on, which the attacks and evaluations insist on.
+    Its attribute `image_shape` is the (C, H, W) that it was trained on, which the attacks and evaluations insist on;
+    `class_names` are the K names of its classes.
 
     The weights are checked by their SHA-256 before they are read.
 
@@ -57,7 +58,7 @@ def load_model(name: str, zoo: str | Path | None = None) -> nn.Module:
     model = build_backbone(**card["model_options"])
     load_weights(model, file)
     shape = card.get("image_shape", SHAPES.get(card["recipe"]["data"]))
-    model.image_shape = None if shape is None else tuple(shape)
+    model.image_shape, model.class_names = shape and tuple(shape), tuple(card["class_names"])
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.reading import checked, parse_json
 from rb_noisy.record import SampleRecord
 from rb_noisy.runs import check_tensors, load_groups, read_metrics, save_tensors
+from rb_noisy.same_data import check_digest
 from rb_noisy.schemas import StateHeader
 from rb_noisy.weights import Averager
 
@@ -70,9 +71,15 @@ class Checkpoint:
         averager: Averager | None,
         record: SampleRecord,
         data: tuple[str, str],
+        teachers: dict[str, str],
     ):
-        """`data`: the name of the data set, and the digest of the images and labels that the run is on."""
-        self.file, self.accelerator, self.data = file, accelerator, data
+        """What it is written for.
+
+        Args:
+            data: the name of the data set, and the digest of the images and labels that the run is on.
+            teachers: the digest of each teacher's weights, by its name in the recipe.
+        """
+        self.file, self.accelerator, self.data, self.teachers = file, accelerator, data, teachers
         self.model, self.optimizer, self.averager, self.record = model, optimizer, averager, record
 
     def save(self, progress: Progress) -> None:
@@ -98,6 +105,7 @@ class Checkpoint:
         if progress.threads is not None:
             header["threads"] = str(progress.threads)
         header["data_sha256"] = self.data[1]
+        header["teachers_sha256"] = json.dumps(self.teachers)
         if progress.plan is not None:
             header["plan"] = json.dumps(progress.plan)
         save_tensors(tensors, self.file, header)
@@ -106,8 +114,8 @@ class Checkpoint:
         """Restore every object, and say where the run goes on.
 
         Raises:
-            InputError: the file is damaged or of another run, the run's metrics are gone, or its images or labels have
-                changed (which a file of an earlier version cannot tell).
+            InputError: the file is damaged or of another run, the run's metrics are gone, or its images, labels or
+                teachers have changed (which a file of an earlier version cannot tell).
         """
         groups, header = load_groups(self.file, ("best",))
         if missing := {"epochs_done", "samples_done", "seconds"} - header.keys():
@@ -120,11 +128,8 @@ class Checkpoint:
         checked(dict[str, list[str]], plan, f"the plan in {self.file}", way_out)
         checked(StateHeader, header, f"the header of {self.file}", way_out)
         name, digest = self.data
-        if header.get("data_sha256", digest) != digest:
-            raise InputError(
-                f"the images or labels of {name} are not those that {self.file} was trained on; put them back, or "
-                "train into another folder"
-            )
+        check_digest(header.get("data_sha256"), digest, name, str(self.file))
+        self._check_teachers(header.get("teachers_sha256", "{}"))
         epoch, done = int(header["epochs_done"]), int(header["samples_done"])
         if done >= len(self.record.labels):
             raise InputError(f"{self.file} is {done} samples into an epoch of {len(self.record.labels)}; {way_out}")
@@ -161,6 +166,17 @@ class Checkpoint:
             except (KeyError, IndexError, RuntimeError, TypeError) as error:
                 raise InputError(f"{self.file} does not fit this run ({error!r}); {way_out}") from error
         return progress
+
+    def _check_teachers(self, text: str) -> None:
+        source = f"the teachers in {self.file}"
+        way_out = "delete it to start over, or restore a copy"
+        recorded = checked(dict[str, str], parse_json(text, source, way_out), source, way_out)
+        for name, digest in self.teachers.items():
+            if recorded.get(name, digest) != digest:
+                raise InputError(
+                    f"the weights of teacher {name!r} are not those that {self.file} was trained with; put them back, "
+                    "or train into another folder"
+                )
 
     def _load_own(self, rows: dict[str, Tensor], progress: Progress) -> None:
         """Each tensor of `rows` has one row for each process that saved it."""

@@ -6,6 +6,7 @@ A window (first, stop) is a range of epochs counted from 0, stop excluded; None 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,17 @@ from rb_noisy import measures
 from rb_noisy.csv_files import write_csv
 from rb_noisy.data import Dataset, open_npz
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import atomic_path
+from rb_noisy.files import atomic_path, only_writer
 from rb_noisy.forward import ask
 from rb_noisy.geometry import kappa as measure_kappa
+from rb_noisy.noise import NoisyLabels
+from rb_noisy.placement import SECONDS_TO_END, is_main
 from rb_noisy.recipes import Recipe
 from rb_noisy.record import PERSISTENT
-from rb_noisy.runs import History, Run
+from rb_noisy.runs import History, Run, check_folder
+from rb_noisy.same_data import check_digest
 from rb_noisy.training import train
-from rb_noisy.training_data import training_set
+from rb_noisy.training_data import data_digest, digest_of, run_data, training_set
 
 HISTORY_SCORES = ("joint", "kappa", "loss")
 SCORES = (*HISTORY_SCORES, "self-confidence", "cleanlab")
@@ -116,6 +120,7 @@ class OutOfFold:
         class_names: names of the K classes.
         recipe: what each model was trained by, on the data set it names less one fold.
         index: (N,) int64, which of the data set's training images they are; None for all, or the first N.
+        data_sha256: the digest of the data set, see `rb_noisy.training_data.digest_of`; None in an older file.
     """
 
     given: Tensor
@@ -125,6 +130,7 @@ class OutOfFold:
     class_names: tuple[str, ...]
     recipe: Recipe
     index: Tensor | None = None
+    data_sha256: str | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -135,9 +141,11 @@ class OutOfFold:
     def save(self, path: str | Path) -> None:
         tensors = {name: getattr(self, name) for name in ("given", "probabilities", "kappa", "fold", "index")}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
-        recipe = json.dumps(self.recipe.to_dict())
+        arrays |= {"class_names": np.array(self.class_names), "recipe": np.array(json.dumps(self.recipe.to_dict()))}
+        if self.data_sha256 is not None:
+            arrays["data_sha256"] = np.array(self.data_sha256)
         with atomic_path(path) as temporary:
-            np.savez_compressed(temporary, class_names=np.array(self.class_names), recipe=np.array(recipe), **arrays)
+            np.savez_compressed(temporary, **arrays)
 
     @classmethod
     def open(cls, path: str | Path) -> OutOfFold:
@@ -147,13 +155,14 @@ class OutOfFold:
             recipe = Recipe.from_json(str(file["recipe"]), str(path), recorded=True)
             index = torch.from_numpy(file["index"]) if "index" in file else None
             names = tuple(map(str, file["class_names"].tolist()))
+            digest = str(file["data_sha256"]) if "data_sha256" in file else None
         given, probabilities, kappa, fold = arrays
         per_sample = all(values.shape == given.shape and not values.is_floating_point() for values in (kappa, fold))
         whole = per_sample and probabilities.shape == (len(given), len(names)) and probabilities.dtype == torch.float64
         numbered = index is None or (index.shape == given.shape and index.dtype == torch.int64)
         if given.dtype != torch.int64 or not whole or not numbered or not ((given >= 0) & (given < len(names))).all():
             raise InputError(f"{path} is damaged (its arrays are not of one set of samples); measure it again")
-        return cls(*arrays, names, recipe, index)
+        return cls(*arrays, names, recipe, index, digest)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -216,7 +225,8 @@ def find_label_issues(
 
     `source`: a run (or its folder), judged by the history of its epochs in `window`, or `out_of_fold`'s result.
     `score`: "joint", "kappa" or "loss"; out of fold also "self-confidence" and "cleanlab". Samples that were never
-    trained on (held out for validation) are left out. Raises `InputError` for a score that the source does not have.
+    trained on (held out for validation) are left out. Raises `InputError` for a score that the source does not have,
+    and for a run whose images, labels or classes are others now.
     """
     check_score(score, out_of_fold=isinstance(source, OutOfFold))
     if isinstance(source, OutOfFold):
@@ -225,10 +235,8 @@ def find_label_issues(
         return _ranked(columns, rate, source.class_names, source.index)
     run = source if isinstance(source, Run) else Run.open(source)
     history = run.history()
-    data, labels = training_set(run.recipe, data_root)
+    data, labels = run_data(run, data_root, history.kappa.shape[1])
     given = labels.given
-    if len(given) != history.kappa.shape[1]:
-        raise InputError(f"{run.path} saw {history.kappa.shape[1]} samples but {run.recipe.data} has {len(given)} now")
     values, loss = scores(history, score, window), loss_score(history, window)
     attacked = (history.kappa >= 0).any()
     kappa = -kappa_score(history, window) if attacked else torch.full_like(loss, torch.nan)
@@ -287,43 +295,86 @@ def out_of_fold(
     in both) and the run k, which the same call goes on with. The *final* weights judge: *best* ones were chosen by
     their accuracy on the very fold. `threads`, `on_batch` and `on_epoch` are those of `rb_noisy.train`, the last two
     after the fold's number.
+
+    Raises `InputError`, before anything is written, where `path` has folds of other data or of another recipe.
     """
     path = Path(path).resolve()  # the runs remember where their data are
     data, labels = training_set(recipe, data_root)
     fold = fold_of(labels.given, folds, recipe.seed)
     probabilities = torch.empty(len(fold), data.num_classes, dtype=torch.float64)
     kappa = torch.empty(len(fold), dtype=torch.int64)
-    changes = {"noise": "none", "noise_rate": None, "noise_options": {}, "train_size": None}
-    for k in range(folds):
-        held_out = fold == k
-        file = path / f"{k}.npz"
-        _write_fold(file, data, labels.given, held_out)
-        run = train(
-            Recipe.from_dict(recipe.to_dict() | changes | {"data": f"npz:{file}"}),
-            path / str(k),
-            resume=True,
-            threads=threads,
-            on_batch=on_batch and (lambda *done, k=k: on_batch(k, *done)),
-            on_epoch=on_epoch and (lambda line, k=k: on_epoch(k, line)),
-        )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, x, y = run.load("final").to(device), data.x_train[held_out], labels.given[held_out]
-        probabilities[held_out] = ask(model, x, y).logits.double().softmax(1)
-        attack = {"alpha": recipe.track_alpha, "steps": recipe.track_steps}  # fast training attacks in one step
-        attack |= {"eps": recipe.eps, "norm": recipe.norm, "seed": recipe.seed}
-        kappa[held_out] = measure_kappa(model, x, y, check=False, **attack)
-    return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe, data.train_index)
+    path.mkdir(parents=True, exist_ok=True)
+    # Of several processes that a launcher started, all look and the first keeps the others' callers out.
+    with only_writer(path, SECONDS_TO_END) if is_main() else contextlib.nullcontext():
+        recipes = [_fold_recipe(recipe, path / f"{k}.npz") for k in range(folds)]
+        there = [_is_there(path / str(k), recipes[k], data, labels, fold == k) for k in range(folds)]
+        for k in range(folds):
+            held_out = fold == k
+            if not there[k]:
+                with atomic_path(path / f"{k}.npz") as temporary:
+                    np.savez(temporary, **_fold_arrays(data, labels, held_out))
+            run = train(
+                recipes[k],
+                path / str(k),
+                resume=True,
+                threads=threads,
+                on_batch=on_batch and (lambda *done, k=k: on_batch(k, *done)),
+                on_epoch=on_epoch and (lambda line, k=k: on_epoch(k, line)),
+            )
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model, x, y = run.load("final").to(device), data.x_train[held_out], labels.given[held_out]
+            probabilities[held_out] = ask(model, x, y).logits.double().softmax(1)
+            attack = {"alpha": recipe.track_alpha, "steps": recipe.track_steps}  # fast training attacks in one step
+            attack |= {"eps": recipe.eps, "norm": recipe.norm, "seed": recipe.seed}
+            kappa[held_out] = measure_kappa(model, x, y, check=False, **attack)
+    digest = digest_of(data, labels)
+    return OutOfFold(labels.given, probabilities, kappa, fold, data.class_names, recipe, data.train_index, digest)
 
 
-def _write_fold(file: Path, data: Dataset, given: Tensor, held_out: Tensor) -> None:
+def _fold_recipe(recipe: Recipe, file: Path) -> Recipe:
+    changes = {"noise": "none", "noise_rate": None, "noise_options": {}, "train_size": None, "data": f"npz:{file}"}
+    return Recipe.from_dict(recipe.to_dict() | changes)
+
+
+def _fold_arrays(data: Dataset, labels: NoisyLabels, held_out: Tensor) -> dict[str, np.ndarray]:
+    """What the data file of a fold holds."""
     images = data.x_train.permute(0, 2, 3, 1)
     # 8-bit images are kept as such, at a quarter of the size, if that gives the very same floats back.
     whole = (images * 255).round().to(torch.uint8)
     images = whole if torch.equal(whole.float() / 255, images) else images
     arrays = {"x_train": images[~held_out], "x_test": images[held_out]}
-    arrays |= {"y_train": given[~held_out], "y_test": given[held_out]}
-    with atomic_path(file) as temporary:
-        np.savez(temporary, class_names=np.array(data.class_names), **{k: v.numpy() for k, v in arrays.items()})
+    arrays |= {"y_train": labels.given[~held_out], "y_test": labels.given[held_out]}
+    return {"class_names": np.array(data.class_names)} | {name: values.numpy() for name, values in arrays.items()}
+
+
+def _is_there(folder: Path, recipe: Recipe, data: Dataset, labels: NoisyLabels, held_out: Tensor) -> bool:
+    """Whether the data file of a fold is there already; the fold's run in `folder`, if any, may only be one on it.
+
+    Raises:
+        InputError: the run is of another recipe or other data, or the file is damaged.
+    """
+    file, fresh = Path(recipe.data.removeprefix("npz:")), check_folder(folder, recipe, resume=True)
+    if not file.is_file():
+        if not fresh:
+            x, y = data.x_train, labels.given
+            digest = data_digest(x[~held_out], y[~held_out], x[held_out], y[held_out])
+            check_digest(Run.open(folder).data_digest(), digest, data.name, str(folder))
+        return False
+    arrays = _fold_arrays(data, labels, held_out)
+    try:
+        with open_npz(file) as saved:
+            same = set(saved.files) == set(arrays) and all(_equal(saved[name], arrays[name]) for name in arrays)
+    except InputError as error:
+        raise InputError(f"{error}; or delete it, and this command writes it anew") from error
+    if not same and not fresh:
+        raise InputError(
+            f"{file} has other images, labels or classes than {data.name} gives; put them back, or name another folder"
+        )
+    return same
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
 
 
 def _epochs(history: History, window: Window) -> slice:

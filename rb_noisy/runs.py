@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rb_noisy.errors import InputError
 from rb_noisy.files import atomic_path
 from rb_noisy.reading import checked, parse_json, read_bytes, read_json, read_tensors
 from rb_noisy.recipes import Recipe
+from rb_noisy.same_data import check_classes
 from rb_noisy.schemas import MetricsLine, Results, RunFile, without_pretrained
 
 CHECKPOINTS = ("best", "final")
@@ -54,6 +56,7 @@ class Run:
         class_names: names of the K classes.
         image_shape: (C, H, W) of the images, None where an older run does not say.
         metrics: one dict per finished epoch.
+        data_sha256: of the images and labels, see `data_digest`.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Run:
     class_names: tuple[str, ...]
     image_shape: tuple[int, ...] | None
     metrics: tuple[dict[str, Any], ...]
+    data_sha256: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -82,7 +86,9 @@ class Run:
         metrics = read_metrics(path)
         if len(metrics) > recipe.epochs:
             raise InputError(f"{path} has the metrics of {len(metrics)} epochs, its recipe {recipe.epochs}; {way_out}")
-        return cls(path, recipe, values["model_options"], class_names, shape and tuple(shape), tuple(metrics))
+        shape = shape and tuple(shape)
+        digest = values.get("data_sha256")
+        return cls(path, recipe, values["model_options"], class_names, shape, tuple(metrics), digest)
 
     @property
     def finished(self) -> bool:
@@ -93,6 +99,20 @@ class Run:
         """The epoch of the highest robust accuracy on the selection set, counted from 0 (the first on a tie)."""
         scores = [line["selection_pgd_acc"] for line in self.metrics]
         return int(np.argmax(scores)) if scores else None
+
+    def data_digest(self) -> str | None:
+        """SHA-256 of the images and labels that it was trained on (`rb_noisy.training_data.data_digest`).
+
+        Of a run of an earlier version the state knows it; None where it does not either.
+        """
+        state = self.path / "state.safetensors"
+        if self.data_sha256 is not None or not state.is_file():
+            return self.data_sha256
+        try:
+            with safe_open(state, framework="pt") as opened:
+                return (opened.metadata() or {}).get("data_sha256")
+        except (SafetensorError, OSError):  # what it would be resumed from, which nobody asks for here
+            return None
 
     def history(self) -> History:
         """κ, loss and prediction of every training sample in every finished epoch.
@@ -131,7 +151,7 @@ class Run:
             raise InputError(f"{self.path} has no {checkpoint} weights yet; continue it with --resume")
         model = build_backbone(**self.model_options)
         load_weights(model, file)
-        model.image_shape = self.image_shape
+        model.image_shape, model.class_names = self.image_shape, self.class_names
         return model.eval()
 
 
@@ -269,14 +289,22 @@ def _teacher_folder(name: str, student: Path | None) -> Path | None:
     return next((place for place in [*places, Path(name)] if (place / "run.json").is_file()), None)
 
 
-def load_teacher(name: str, images: Tensor, num_classes: int, student: Path | None = None) -> nn.Module:
+def load_teacher(
+    name: str,
+    images: Tensor,
+    num_classes: int,
+    student: Path | None = None,
+    class_names: Sequence[str] | None = None,
+) -> nn.Module:
     """The network of a run folder (final weights) or of a timm name with weights, in eval mode, without gradients.
 
     Every model of our zoo has a timm name. `images` (n, C, H, W) and `num_classes` are what it has to take and to tell
-    apart. `student` is the run folder that a folder's name may be relative to, see `check_teacher`.
+    apart; `class_names`, where they are given, are the names of these classes. `student` is the run folder that a
+    folder's name may be relative to, see `check_teacher`.
 
     Raises:
-        InputError: neither of the two, no weights in safetensors, or a network for other data.
+        InputError: neither of the two, no weights in safetensors, or a network for other data: it does not take the
+            images, or its classes are others or in another order.
     """
     from rb_noisy.backbones import pretrained_network
 
@@ -292,4 +320,8 @@ def load_teacher(name: str, images: Tensor, num_classes: int, student: Path | No
         raise InputError(f"teacher {name!r} cannot take images of {tuple(images.shape[1:])} ({error})") from error
     if classes != num_classes:
         raise InputError(f"teacher {name!r} tells {classes} classes apart, not {num_classes}; name one for this data")
+    learnt = getattr(model, "class_names", None)  # timm does not say what its classes are
+    if learnt is not None and class_names is not None:
+        way_out = "name a teacher for these classes, or bring the classes into its order"
+        check_classes(learnt, class_names, f"teacher {name!r}", "the data", way_out)
     return model

@@ -97,6 +97,7 @@ class RunFile(_Network):
     """`run.json`; the recipe's own fields are checked by `Recipe`."""
 
     recipe: dict[str, JsonValue]
+    data_sha256: Sha256 | None = None
 
 
 class MetricsLine(Form):

@@ -1,6 +1,6 @@
 """The loop that carries out a recipe, and the run folder it leaves.
 
-A run folder holds `run.json` (the recipe and the shape of the data), `metrics.jsonl` (one line per epoch),
+A run folder holds `run.json` (the recipe, the shape of the data, their digest), `metrics.jsonl` (one line per epoch),
 `best.safetensors` and `final.safetensors` (weights) and `state.safetensors` (what `resume` continues from, see
 `rb_noisy.checkpoint`). Each file is whole or absent. Random numbers are drawn from (seed, epoch, process), so that a
 resumed epoch draws what the uninterrupted one would have drawn.
@@ -52,9 +52,10 @@ from rb_noisy.runs import (
     save_tensors,
     save_weights,
 )
+from rb_noisy.same_data import check_classes, check_digest
 from rb_noisy.step import Step
 from rb_noisy.tracking import Tracker
-from rb_noisy.training_data import training_set
+from rb_noisy.training_data import data_digest, training_set
 from rb_noisy.weights import Averager, kept_buffers
 
 # Several processes ask each other for the time only every so many steps: the answer has to be waited for.
@@ -156,8 +157,7 @@ class _Trainer:
 
         data, labels = training_set(recipe, data_root)
         images = to_bytes(data.x_train)
-        tested = [("x_test", to_bytes(data.x_test)), ("y_test", data.y_test)]
-        digest = tensors_digest([("x_train", images), ("given", labels.given), *tested])
+        self.data_sha256 = data_digest(images, labels.given, data.x_test, data.y_test)
         x, y = images.to(self.device), labels.given.to(self.device)
         self.tracker = Tracker(recipe, data, labels, _seed)
 
@@ -201,7 +201,7 @@ class _Trainer:
         averaging = recipe.make_averaging()
         self.averager = None if averaging is None else Averager(self.model, averaging)
         teachers = {
-            name: load_teacher(name, data.x_train[:2], data.num_classes, path).to(self.device)
+            name: load_teacher(name, data.x_train[:2], data.num_classes, path, data.class_names).to(self.device)
             for name in targets.teachers
             if name != "average"
         }
@@ -212,7 +212,8 @@ class _Trainer:
         )
         state = path / "state.safetensors"
         parts = (self.accelerator, self.model, self.optimizer, self.averager, self.record)
-        self.checkpoint = Checkpoint(state, *parts, data=(data.name, digest))
+        taught_by = {name: tensors_digest(teacher.state_dict().items()) for name, teacher in teachers.items()}
+        self.checkpoint = Checkpoint(state, *parts, data=(data.name, self.data_sha256), teachers=taught_by)
         self.threads: Threads | None = None
         self.threads_used: set[int] = set()  # in the epoch under way
         self.plan: dict[str, list[str]] | None = None
@@ -493,17 +494,26 @@ class _Trainer:
         with contextlib.ExitStack() as held:
             held.enter_context(only_writer(self.path, SECONDS_TO_END))  # of one that has just been killed
             self.fresh = check_folder(self.path, self.recipe, resume)
+            if not self.fresh:
+                self._check_same_data()
             for file in (self.path / "run.json", *self._written()):
                 remove_left_by_killed(file)
             if self.fresh:
                 about = {"model_options": self.model_options, "class_names": self.class_names}
-                about["image_shape"] = self.image_shape
+                about |= {"image_shape": self.image_shape, "data_sha256": self.data_sha256}
                 try:
                     write_json(self.path / "run.json", {"recipe": self.recipe.to_dict(), **about})
                 except BaseException:
                     self._leave_nothing()
                     raise
             self.held = held.pop_all()
+
+    def _check_same_data(self) -> None:
+        """Raise `InputError` where the run in the folder is on other images, labels or classes."""
+        run, data = Run.open(self.path), self.recipe.data
+        check_digest(run.data_sha256, self.data_sha256, data, str(self.path))
+        way_out = "put them back, or train into another folder"
+        check_classes(run.class_names, self.class_names, str(self.path), data, way_out)
 
     def _save_epoch(self, metrics: dict[str, Any]) -> None:
         """What an epoch leaves, but for the state."""

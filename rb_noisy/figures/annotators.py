@@ -72,6 +72,8 @@ def _role(source: Source) -> str | None:
 def _drawing(roles: Mapping[str, Sequence[Source]], context: Context) -> Drawing:
     recipe = roles["robust"][0].recipe
     data = load_data(recipe.data, context.data_root)
+    for source in (source for sources in roles.values() for source in sources):
+        source.check_classes(data)
     part = subset(recipe.data, data.y_test, min(SAMPLES, len(data.y_test)), context.seed)
     x, y = data.x_test[part.index], data.y_test[part.index]
     draw = np.random.default_rng(context.seed)

@@ -11,9 +11,13 @@ import numpy as np
 from torch import nn
 
 from rb_noisy.csv_files import write_csv
+from rb_noisy.data import Dataset
 from rb_noisy.files import atomic_path
+from rb_noisy.noise import NoisyLabels
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import Run
+from rb_noisy.same_data import check_classes
+from rb_noisy.training_data import run_data, same_training_set
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +63,17 @@ class Source:
         # The name, not the weights: a folder of results may be drawn without its weights.
         load = run.load if (run.path / "final.safetensors").is_file() else None
         return cls(run.path.name, run.recipe, run.class_names, run.metrics, run, load)
+
+    def trained_on(self, data_root: Path | None) -> tuple[Dataset, NoisyLabels]:
+        """What it was trained on; `InputError` where the images, labels or classes are others now."""
+        if self.run is not None:
+            return run_data(self.run, data_root)
+        return same_training_set(self.recipe, self.class_names, None, self.name, data_root)
+
+    def check_classes(self, data: Dataset) -> None:
+        """Raise `InputError` where these are not the classes that it was trained on."""
+        way_out = "give them their names and order back"
+        check_classes(self.class_names, data.class_names, self.name, data.name, way_out)
 
     @property
     def noisy(self) -> bool:

@@ -32,7 +32,7 @@ from rb_noisy.forward import ask, in_mode
 from rb_noisy.geometry import kappa
 from rb_noisy.measures import accuracy_by_kappa as by_kappa
 from rb_noisy.runs import history_file
-from rb_noisy.training_data import training_set
+from rb_noisy.training_data import run_data
 
 SAMPLES = 500  # of the training data, drawn by the seed
 BANDWIDTH = 0.05  # of the densities, in units of the normalised range
@@ -54,7 +54,8 @@ def densities(context: Context) -> list[Drawing]:
         if not (source.noisy and source.attacks and epochs and history_file(source.run.path, epochs - 1).is_file()):
             continue
         context.progress(f"densities, {source.name}")
-        history, labels = source.run.history(), training_set(source.recipe, context.data_root)[1]
+        history = source.run.history()
+        labels = run_data(source.run, context.data_root, history.loss.shape[1])[1]
         chosen = evenly(range(epochs), 5)
         figure, axes = sheet(2, len(chosen), title(source), width=2.4, height=2.2)
         rows: list[dict[str, Any]] = []
@@ -123,7 +124,7 @@ def gallery(context: Context) -> list[Drawing]:
     drawings = []
     for source in _networks(context):
         context.progress(f"gallery, {source.name}")
-        data, labels = training_set(source.recipe, context.data_root)
+        data, labels = source.trained_on(context.data_root)
         random = np.random.default_rng(context.seed)
         classes = range(min(GALLERY_CLASSES, data.num_classes))
         index = [random.permutation(np.flatnonzero(labels.given.numpy() == c))[:GALLERY_JUDGED] for c in classes]
@@ -204,7 +205,7 @@ def accuracy_by_kappa(context: Context) -> list[Drawing]:
     drawings = []
     for source in _networks(context):
         context.progress(f"accuracy by κ, {source.name}")
-        data = training_set(source.recipe, context.data_root)[0]
+        data = source.trained_on(context.data_root)[0]
         random, steps = np.random.default_rng(context.seed), source.recipe.steps
         size = min(SUBSET, max(1, len(data.x_test) // 2))
         subsets = [torch.from_numpy(random.permutation(len(data.x_test))[:size]) for _ in range(SUBSETS)]
@@ -262,7 +263,7 @@ class _Sample:
 
 
 def _sample(source: Source, model: nn.Module, context: Context) -> _Sample:
-    data, labels = training_set(source.recipe, context.data_root)
+    data, labels = source.trained_on(context.data_root)
     drawn = torch.Generator().manual_seed(context.seed)
     index = torch.randperm(len(data.x_train), generator=drawn)[:SAMPLES].sort().values
     x, y = data.x_train[index], labels.given[index]

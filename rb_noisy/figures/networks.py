@@ -43,7 +43,8 @@ def _landscapes(sources: list[Source], context: Context, part: int) -> Drawing:
     from matplotlib.colors import LogNorm
 
     recipe = sources[0].recipe
-    data, labels = training_set(recipe, context.data_root)
+    for source in sources:
+        data, labels = source.trained_on(context.data_root)  # the same of all
     index = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(context.seed))[:SAMPLES]
     found = []
     for source in sources:
@@ -109,6 +110,8 @@ def _draw_features(
 ) -> Drawing:
     recipe = next(iter(networks.values())).recipe
     data = training_set(recipe, context.data_root)[0]
+    for source in networks.values():
+        source.check_classes(data)
     drawn = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(context.seed))
     index = drawn[data.y_test[drawn] < CLASSES][:SAMPLES]
     x, y = data.x_test[index], data.y_test[index].numpy()

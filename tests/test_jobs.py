@@ -71,6 +71,9 @@ def test_a_list_of_trainings_and_evaluations_is_carried_out_in_order_and_then_sk
     assert "pgd of first n=31 batch_size=15  to do, time not known yet" in status
 
 
+RATES = {name: {"accuracy": 0.5} for name in ("natural", "final_iterate", "any_iterate")}
+
+
 def test_an_evaluation_of_other_weights_does_not_count(tmp_path):
     recipes = expand_grid({name: [value] for name, value in TINY.items()})
     ((name, recipe),) = recipes.items()
@@ -78,12 +81,12 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path):
     _, evaluation = make_jobs(recipes, tmp_path, [{"evaluate": "pgd", "n": 10}])
     assert isinstance(evaluation, Evaluation)
     file = results_file(run.path, "final")
-    file.write_text(json.dumps({"pgd-20": {"n": 10, "of": 540, "weights_sha256": "0" * 64}}))
+    file.write_text(json.dumps({"pgd-20": RATES | {"n": 10, "of": 540, "weights_sha256": "0" * 64}}))
     assert not evaluation.done()
     from rb_noisy.files import sha256
 
     digest = sha256(run.path / "final.safetensors")
-    file.write_text(json.dumps({"pgd-20": {"n": 10, "of": 540, "weights_sha256": digest}}))
+    file.write_text(json.dumps({"pgd-20": RATES | {"n": 10, "of": 540, "weights_sha256": digest}}))
     assert evaluation.done()
     assert not make_jobs(recipes, tmp_path, [{"evaluate": "pgd"}])[1].done(), "all 540 are asked for"
 
@@ -122,7 +125,7 @@ def test_figures_of_another_seed_are_not_those_that_were_asked_for(tmp_path):
 
     recipes = expand_grid({}, [{"name": "a", **TINY}])
     run = train(recipes["a"], tmp_path / "a")
-    figures = {"n": 540, "of": 540, "seed": 0, "batch_size": 250}
+    figures = RATES | {"n": 540, "of": 540, "seed": 0, "batch_size": 250}
     figures["weights_sha256"] = sha256(run.path / "final.safetensors")
     results_file(run.path, "final").write_text(json.dumps({"pgd-20": figures}))
     for options, done in (({}, True), ({"seed": 0}, True), ({"seed": 1}, False), ({"n": 20, "batch_size": 5}, False)):

@@ -291,7 +291,10 @@ def test_calibration_asks_for_autoattack_verdicts_of_the_same_weights_only(run, 
         (["--model", "RUN", "--seed", "-1"], "--seed is -1"),
         (["--model", "RUN", "--device", "gpu"], "--device gpu cannot be used"),
         (["--model", "RUN", "--preset", "nl", "--alpha", "0.1"], "give it alone"),
-        (["--model", "small_cnn", "--dataset", "digits", "--eps", "0.1"], "small_cnn on digits: the network cannot take 16 images of 1x8x8"),
+        (
+            ["--model", "small_cnn", "--dataset", "digits", "--eps", "0.1"],
+            "small_cnn on digits: the network cannot take 16 images of 1x8x8",
+        ),
         (["--model", "at_digits", "--zoo", "ZOO"], "unknown model 'at_digits'"),
     ],
 )

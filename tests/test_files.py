@@ -163,7 +163,7 @@ def test_a_failed_write_leaves_the_old_file_whole_and_names_it(tmp_path):
 
 def figures(digest, n=60):
     rate = {"accuracy": 0.5, "interval": [0.4, 0.6]}
-    return {"weights_sha256": digest, "n": n, "of": 60, "natural": rate, "accuracy": 0.25}
+    return {"weights_sha256": digest, "n": n, "of": 60, "natural": rate, "final_iterate": rate, "accuracy": 0.25}
 
 
 @pytest.mark.parametrize("kind", ["card", "run folder"])

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ from rb_noisy.radius import parse_radius
 from rb_noisy.radius import radius as in_range
 from rb_noisy.runs import Run
 from rb_noisy.same_data import check_classes
-from rb_noisy.subsets import images_of, subset
+from rb_noisy.subsets import DRAWN, images_of, kind_of, subset
 
 __all__ = ["ZooOption", "console", "progress_bar", "user_errors"]
 
@@ -144,9 +145,24 @@ class Subject:
     processes: Processes
 
     def folder(self, out: Path) -> Path:
-        """Where this model's verdicts are kept: one folder for each set of weights, images, ε and norm."""
-        data = f"{dataset_label(self.dataset)}-{len(self.x)}"
-        return out / f"{self.label}-{self.weights_sha256[:8]}-{data}-{self.norm}-{self.eps:g}"
+        """Where this model's verdicts are kept: one folder for each set of weights, images, ε and norm.
+
+        A benchmark's name and number say which images they are; one's own data have digits of the images' SHA-256 too.
+        """
+        own = f"-{self._images_digest[:8]}" if kind_of(self.dataset) == DRAWN else ""
+        return out / self._folder_name(f"{dataset_label(self.dataset)}-{len(self.x)}{own}")
+
+    def old_folder(self, out: Path) -> Path:
+        """Where they were kept before folders told one's own data apart."""
+        kind, _, place = self.dataset.partition(":")
+        return out / self._folder_name(f"{Path(place).stem.lower() if place else kind}-{len(self.x)}")
+
+    def _folder_name(self, data: str) -> str:
+        return f"{self.label}-{self.weights_sha256[:8]}-{data}-{self.norm}-{self.eps:g}"
+
+    @cached_property
+    def _images_digest(self) -> str:
+        return images_digest(self)
 
     def describe(self, *, seed: int, batch_size: int) -> dict[str, Any]:
         """What every published figure carries."""
@@ -488,8 +504,9 @@ def _measured_on(subject: Subject) -> dict[str, np.ndarray]:
 
 def saved_verdicts(folder: Path, evaluation: str, subject: Subject) -> dict[str, np.ndarray] | None:
     """The arrays that `save_verdicts` was given; None where there are none of these weights, images and labels."""
-    file = subject.folder(folder) / f"{evaluation}.npz"
-    if not file.is_file():
+    files = [place / f"{evaluation}.npz" for place in (subject.folder(folder), subject.old_folder(folder))]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         return None
     try:
         with np.load(file, allow_pickle=False) as saved:

@@ -96,13 +96,13 @@ def judge(path: Path, data_root: Path | None = None) -> Judged:
 
 
 def _setting(recipe: Recipe, by: str, epochs: int) -> tuple[str, str, str, str]:
-    data = recipe.data if ":" not in recipe.data else Path(recipe.data).stem
+    """Files in full: cats/train.npz and dogs/train.npz are two data sets."""
     size = "" if recipe.train_size is None else f" ({recipe.trained_on})"
-    rate = Path(recipe.noise_options.get("file", "")).name if recipe.noise_rate is None else f"{recipe.noise_rate:g}"
+    rate = recipe.noise_options.get("file", "") if recipe.noise_rate is None else f"{recipe.noise_rate:g}"
     noise = f"{recipe.noise} {rate}".strip()
     if key := recipe.noise_options.get("key"):
         noise += f" {key}"
-    return f"{data}{size}", f"{recipe.method}, {recipe.backbone}, {epochs} epochs", noise, by
+    return f"{recipe.data}{size}", f"{recipe.method}, {recipe.backbone}, {epochs} epochs", noise, by
 
 
 def tabulate(judged: list[Judged]) -> dict[str, Any]:

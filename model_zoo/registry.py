@@ -30,6 +30,7 @@ from rb_noisy.schemas import CardFile, without_pretrained
 
 BUILT_IN = Path(__file__).parent
 CLEAN_LABELS = "clean labels"
+BENCHMARKS = (*SHAPES, "imagenet")
 Card = dict[str, Any]
 Entry = TypeVar("Entry")
 
@@ -209,7 +210,8 @@ def _hub_folder(place: str) -> Path:
 def card_files(zoo: str | Path | None = None) -> dict[str, Path]:
     """Model name → card file, from the file names alone."""
     files = sorted(zoo_folder(zoo).glob("model_info/*/*/*.json"))
-    return {file.stem: file for file in files if not file.name.startswith(".")}  # a dot: not finished being written
+    named = (file for file in files if not file.name.startswith("."))  # a dot: not finished being written
+    return {file.stem: file for file in named if file.is_file() or not file.exists()}  # no pipe; a lost link is missed
 
 
 def read_cards(zoo: str | Path | None = None) -> list[Card]:
@@ -441,9 +443,16 @@ def _training_summary(run: Run) -> dict[str, Any]:
 
 
 def dataset_label(data: str) -> str:
-    """The folder name of a data set: "digits" for "digits", "mine" for "npz:/data/mine.npz"."""
+    """The folder name of a data set: "digits" for "digits", "mine" for "npz:/data/mine.npz".
+
+    No file or folder of one's own is called as a benchmark is: "npz:/data/digits.npz" is "own-digits".
+    """
     kind, _, place = data.partition(":")
-    return Path(place).stem.lower() if place else kind
+    if not place:
+        return kind
+    name = Path(place).name.lower()
+    label = name.removesuffix(".npz") if kind == "npz" else name
+    return f"own-{label}" if label in BENCHMARKS else label
 
 
 def dataset_title(label: str) -> str:

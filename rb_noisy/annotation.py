@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rb_noisy.csv_files import write_csv
 from rb_noisy.data import npz_images, open_npz, pixels
 from rb_noisy.errors import InputError
+from rb_noisy.files import user_path
 from rb_noisy.forward import (
     ask,
     checked_images,
@@ -29,7 +30,7 @@ from rb_noisy.forward import (
     warn_of_spoiled,
 )
 from rb_noisy.geometry import resistance
-from rb_noisy.image_files import read_images, some_image_files
+from rb_noisy.image_files import folder_of_images, read_images
 from rb_noisy.measures import wilson_interval
 from rb_noisy.radius import radius, step_size, whole_number
 
@@ -188,11 +189,11 @@ def load_images(source: str) -> tuple[Tensor, tuple[str, ...] | None]:
     """
     kind, _, place = source.partition(":")
     if kind == "npz" and place:
-        return _from_npz(Path(place).expanduser()), None
-    folder = Path(place).expanduser() / "test" if kind == "imagefolder" and place else Path(source).expanduser()
+        return _from_npz(user_path(place)), None
+    folder = user_path(place) / "test" if kind == "imagefolder" and place else user_path(source)
     if not folder.is_dir():
         raise InputError(f"images {source!r}: {folder} is no folder; give a folder, npz:FILE or imagefolder:DIR")
-    paths = some_image_files(folder)
+    paths = folder_of_images(folder)
     return pixels(read_images(paths)).contiguous(), tuple(path.relative_to(folder).as_posix() for path in paths)
 
 

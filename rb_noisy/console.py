@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from rb_noisy.errors import InputError, NetworkWarning
+from rb_noisy.errors import DataWarning, InputError, NetworkWarning
 from rb_noisy.interruption import interrupt_as_usual
 from rb_noisy.placement import end_with_parent, is_main
 
@@ -27,6 +27,7 @@ from rb_noisy.placement import end_with_parent, is_main
 if not sys.warnoptions:
     warnings.simplefilter("ignore", FutureWarning)
 
+LONGEST_WORD = 300  # characters of an error line; a path of thousands would hide what is wrong with it
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
@@ -102,8 +103,18 @@ def print_warning(what: str, text: str, to: Console = console) -> None:
 
 
 def print_error(what: str, text: str) -> None:
-    """One line on stderr, whatever name with a line feed or text of a library it quotes, `what` in red."""
-    errors.print(Text(what, "bold red"), re.sub(r"\s*\n\s*", " ", text.strip()), soft_wrap=True)
+    """One line on stderr, whatever name with a line feed or text of a library it quotes, `what` in red.
+
+    Of a word longer than `LONGEST_WORD` the middle is left out, and of a line of ten such words.
+    """
+    line = re.sub(r"\s*\n\s*", " ", text.strip())
+    line = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: _shortened(found[0], LONGEST_WORD), line)
+    errors.print(Text(what, "bold red"), _shortened(line, 10 * LONGEST_WORD), soft_wrap=True)
+
+
+def _shortened(text: str, length: int) -> str:
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 @contextmanager
@@ -123,7 +134,7 @@ def user_errors() -> Iterator[None]:
             if not is_main():
                 nowhere = muted.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 muted.enter_context(contextlib.redirect_stdout(nowhere))
-            muted.enter_context(_network_warnings())
+            muted.enter_context(_own_warnings())
             yield
     except InputError as error:
         print_error("error:", str(error))
@@ -145,14 +156,14 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _network_warnings() -> Iterator[None]:
-    """What speaks against a network's figures is a line on stderr, each kind of it once; other warnings are as ever."""
+def _own_warnings() -> Iterator[None]:
+    """What speaks against figures or is odd about data is a line on stderr, each kind once; others are as ever."""
     said: set[str] = set()
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if not issubclass(category, NetworkWarning):
+            if not issubclass(category, (NetworkWarning, DataWarning)):
                 return plain(message, category, *where)
             kind = re.sub(r"\d+", "#", str(message))
             if kind not in said:
@@ -160,6 +171,7 @@ def _network_warnings() -> Iterator[None]:
                 print_warning("warning:", str(message), errors)
 
         warnings.simplefilter("always", NetworkWarning)
+        warnings.simplefilter("always", DataWarning)
         warnings.showwarning = show
         yield
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from rb_noisy import cifar
 from rb_noisy.device import to_device
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.files import UNREADABLE, atomic_path, md5_of
+from rb_noisy.files import UNREADABLE, atomic_path, md5_of, user_path
 from rb_noisy.image_files import read_images, split_files
 from rb_noisy.pickles import holds_pickle, pickle_advice
 from rb_noisy.reading import is_text
@@ -118,13 +118,13 @@ FILES: dict[str, tuple[RemoteFile, ...]] = {
 
 def data_root(root: str | os.PathLike | None = None) -> Path:
     """The folder of downloaded data: `root`, else $RB_NOISY_DATA, else ~/.cache/rb_noisy/data."""
-    return Path(root or os.environ.get("RB_NOISY_DATA") or "~/.cache/rb_noisy/data").expanduser()
+    return user_path(root or os.environ.get("RB_NOISY_DATA") or "~/.cache/rb_noisy/data")
 
 
 def local_path(place: str, root: str | os.PathLike | None = None) -> Path:
     """The file or folder of a data set: `place`, or, where it is relative and not there, that of `data_root(root)`."""
-    path, shared = Path(place).expanduser(), data_root(root) / place
-    return shared if shared.exists() and not path.exists() else path
+    path, shared = user_path(place), data_root(root) / place
+    return shared if os.path.exists(shared) and not path.exists() else path
 
 
 # (C, H, W) of the images of the data sets that always have the same.
@@ -146,7 +146,7 @@ def load_data(name: str, root: str | os.PathLike | None = None, *, download: boo
     * `imagefolder:DIR`: 8-bit images of one size in train/<class>/ and test/<class>/, classes in the order of their
       folder names, of which some may have no test images; one channel if every image is greyscale, else RGB. They are
       turned the way up that their EXIF data say; what is transparent is put on white. Hidden files and folders are left
-      out, see `rb_noisy.image_files`.
+      out, links to folders are followed, see `rb_noisy.image_files`.
 
     x_test and y_test alone, or the folder test alone, do for evaluation: x_train is then empty, (0, C, H, W).
 

@@ -1,4 +1,4 @@
-"""The one exception type that means *the input was bad*, so that commands can tell it from a bug, and one warning."""
+"""The one exception type that means *the input was bad*, so that commands can tell it from a bug, and two warnings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
 class NetworkWarning(UserWarning):
     """Something a network does that speaks against trusting what is measured of it."""
+
+
+class DataWarning(UserWarning):
+    """Something about data that were given which their owner will want to know, such as what of them is left out."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -33,6 +34,32 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError, MemoryError, OverflowError),
     *(SyntaxError, tokenize.TokenError),  # a header of .npy is Python
 )
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """A path as somebody wrote it, ~ and ~USER included.
+
+    Raises:
+        InputError: there is no such user, or no path can be so long.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{text} names no home folder there is ({error}): write the path out") from error
+    except ValueError as error:  # a NUL
+        raise InputError(f"{str(text)!a} cannot be a path ({error}): check it") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            start, length = str(text)[:100], len(str(text))
+            raise InputError(f"the path {start}… of {length} characters is too long: check it") from error
+    return path  # whether anything is there, whoever reads it finds out
+
+
+def refuse_streams(path: Path) -> None:
+    """Raise `InputError` if a path is a named pipe, a device or a socket, which would be waited for without an end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path} is no regular file but a pipe, a device or a socket: give a file")
 
 
 ABANDONED = 3600.0  # seconds without a change after which an unlockable temporary folder is nobody's

@@ -1,26 +1,36 @@
 """Images that lie in folders: which files are any, and how they are read.
 
 What starts with a dot, and what systems put beside files (`NO_DATA`), is no data, folder or file, wherever it lies. Nor
-is anything but a file: a folder may be called 0.png, and a named pipe would be waited for.
+is anything but a file: a folder may be called 0.png, and a named pipe would be waited for. Links to
+folders are followed, each folder is read once. What else is left out, because it is no image, a `DataWarning` says.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import struct
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rb_noisy.errors import InputError
+from rb_noisy.errors import DataWarning, InputError
+from rb_noisy.files import UNREADABLE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Synology's and QNAP's indices and bins, macOS's archives, Windows' bin, what a file system check found.
 NO_DATA = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "lost+found")
+BESIDE_IMAGES = ("thumbs.db", "desktop.ini")  # Windows' own files
 BACKGROUND = "white"
+# Of what Pillow opens: stubs for other libraries, films, and pages that another program draws.
+NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+ONE_PICTURE = ("MPO", "PSD")  # further frames are previews and other exposures; layers
 
 
 def split_files(folder: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
@@ -33,6 +43,7 @@ def split_files(folder: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, .
     if test.is_dir() and not train.is_dir():
         names = tuple(c.name for c in _class_folders(test))
         files = {"train": [[] for _ in names], "test": [image_files(test / name) for name in names]}
+        places = [test]
     else:
         names = tuple(c.name for c in _class_folders(train))
         if odd := sorted({c.name for c in _class_folders(test)} - set(names)):
@@ -41,8 +52,10 @@ def split_files(folder: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, .
             "train": [some_image_files(train / name) for name in names],
             "test": [image_files(test / name) if (test / name).is_dir() else [] for name in names],
         }
+        places = [train, test]
     if not any(files["test"]):
         raise InputError(f"there is no image in {test}: put some into its class folders")
+    _say_left_out(folder, [file for place in places for file in _left_out(place, names)])
     return files, names
 
 
@@ -57,20 +70,79 @@ def _class_folders(folder: Path) -> list[Path]:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and below, by name; perhaps none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    named = (p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and _is_data(p, folder))
-    return sorted(p for p in named if p.is_file() or not p.exists())  # a link to nowhere is an image that is lost
+    named = (path for path in _below(folder) if path.suffix.lower() in extensions())
+    return sorted(path for path in named if path.is_file() or not path.exists())  # a link to nowhere is a lost image
 
 
 def some_image_files(folder: Path) -> list[Path]:
     """`image_files`, or `InputError` where there is none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     if files := image_files(folder):
         return files
-    kinds = ", ".join(IMG_EXTENSIONS)
+    kinds = ", ".join(sorted(extensions()))
     raise InputError(f"folder {folder} has no image: add some ({kinds}), or remove it, of a class from test too")
+
+
+def folder_of_images(folder: Path) -> list[Path]:
+    """`some_image_files` of a folder without classes; what is left out in it is said."""
+    files = some_image_files(folder)
+    _say_left_out(folder, [path for path in _below(folder) if _is_left_out(path)])
+    return files
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """How the names of images end, in small letters: those of Pillow's formats that are pictures."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return frozenset(end for end, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, also behind links; every folder is read once, and none that `folder` is in."""
+    seen, tops = {path.resolve() for path in folder.resolve().parents}, [folder]
+    while tops:  # what is there itself goes first, so that links to it change no name
+        top = tops.pop(0)
+        for place, folders, files in os.walk(top, onerror=_refuse):
+            if (real := Path(place).resolve()) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if _is_data(Path(place, name), folder))
+            tops += (Path(place, name) for name in folders if Path(place, name).is_symlink())
+            yield from (path for path in (Path(place, name) for name in sorted(files)) if _is_data(path, folder))
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(
+        f"folder {error.filename} cannot be read ({error.strerror}): give yourself the right to, or move it"
+    )
+
+
+def _is_left_out(path: Path) -> bool:
+    return path.suffix.lower() not in extensions() and path.name.lower() not in BESIDE_IMAGES and path.is_file()
+
+
+def _left_out(split: Path, names: Sequence[str]) -> list[Path]:
+    """The files of a split that no class has: those that are no images, and whatever lies beside the class folders."""
+    beside = (
+        sorted(path for path in split.iterdir() if path.is_file() and _is_data(path, split)) if split.is_dir() else []
+    )
+    of_classes = (path for name in names if (split / name).is_dir() for path in _below(split / name))
+    return [path for path in beside if path.name.lower() not in BESIDE_IMAGES] + list(filter(_is_left_out, of_classes))
+
+
+def _say_left_out(folder: Path, files: Sequence[Path]) -> None:
+    if not files:
+        return
+    kinds = Counter(path.suffix.lower() or "without an ending" for path in files)
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    warnings.warn(
+        f"of {folder} files are left out, which are no images that can be read or lie in no class folder: {counted}; "
+        f"the first is {files[0]}",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 def _is_data(path: Path, folder: Path) -> bool:
@@ -98,12 +170,18 @@ def read_image(file: Path) -> np.ndarray:
 
     What is transparent would otherwise show the colour that a drawing program left beneath it.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as opened:
+        # By a handle: by its name Pillow maps a plain TIFF into memory, and turns it wrongly.
+        with open(file, "rb") as handle, Image.open(handle) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise InputError(f"image {file} has more than 8 bits per channel (mode {opened.mode}): convert it")
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format not in ONE_PICTURE:
+                raise InputError(
+                    f"image {file} has {frames} frames or pages: save those you mean as files of their own"
+                )
             opened.load()
             grey, image = opened.mode == "L", _upright(opened)
             if image.has_transparency_data:
@@ -112,8 +190,9 @@ def read_image(file: Path) -> np.ndarray:
             return np.asarray(image.convert("L"))[..., None] if grey else np.asarray(image.convert("RGB"))
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {file} is damaged or in no known format ({error}): replace or remove it") from error
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        reason = "no picture" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"image {file} is damaged or in no known format ({reason}): replace or remove it") from error
 
 
 def _upright(image: Image) -> Image:

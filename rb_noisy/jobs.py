@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from rb_noisy.errors import InputError, unknown_name
 from rb_noisy.files import only_writer, sha256, write_json
 from rb_noisy.placement import end as end_all
-from rb_noisy.placement import placed, shares, usable_cores
+from rb_noisy.placement import module_command, placed, shares, usable_cores
 from rb_noisy.recipes import Recipe
 from rb_noisy.runs import CHECKPOINTS, Run, read_results, results_file
 from rb_noisy.sweep import differing
@@ -77,8 +76,8 @@ class Training:
 
     def command(self, data_root: str | Path | None) -> list[str]:
         write_json(self.folder / "recipe.json", self.recipe.to_dict())
-        command = ["-m", "rb_noisy", "train", "--recipe", self.folder / "recipe.json", "--out", self.folder]
-        return _python([*command, "--resume", *(["--tune"] if self.tune else [])], data_root)
+        arguments = ["train", "--recipe", self.folder / "recipe.json", "--out", self.folder, "--resume"]
+        return _command("rb_noisy", [*arguments, *(["--tune"] if self.tune else [])], data_root)
 
 
 @dataclass(frozen=True)
@@ -134,17 +133,18 @@ class Evaluation:
 
     def command(self, data_root: str | Path | None) -> list[str]:
         # What is there already is not what was asked for.
-        command = ["-m", f"eval.{self.kind}", "--model", self.folder, "--out", self.out, "--replace"]
+        arguments = ["--model", self.folder, "--out", self.out, "--replace"]
         for name, value in self.options.items():
-            command += [f"--{name.replace('_', '-')}", value]
-        return _python(command, data_root)
+            arguments += [f"--{name.replace('_', '-')}", value]
+        return _command(f"eval.{self.kind}", arguments, data_root)
 
 
 Job = Training | Evaluation
 
 
-def _python(arguments: list[Any], data_root: str | Path | None) -> list[str]:
-    return [sys.executable, *map(str, arguments), *([] if data_root is None else ["--data-root", str(data_root)])]
+def _command(module: str, arguments: list[Any], data_root: str | Path | None) -> list[str]:
+    root = [] if data_root is None else ["--data-root", data_root]
+    return module_command(module, [str(argument) for argument in (*arguments, *root)])
 
 
 @dataclass(frozen=True)

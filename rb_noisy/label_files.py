@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rb_noisy.data import open_npz
 from rb_noisy.errors import InputError
-from rb_noisy.files import UNREADABLE
+from rb_noisy.files import UNREADABLE, refuse_streams, user_path
 from rb_noisy.pickles import holds_pickle, pickle_advice
 
 ROW_SUM_TOLERANCE = 1e-6
@@ -54,7 +54,7 @@ def split_label_file(text: str) -> tuple[str, str | None]:
     A file that is there is never split, nor is a Windows path: no set's name holds a slash.
     """
     file, colon, name = text.rpartition(":")
-    if not colon or "/" in name or "\\" in name or Path(text).expanduser().is_file():
+    if not colon or "/" in name or "\\" in name or user_path(text).is_file():
         return text, None
     return file, name
 
@@ -72,7 +72,8 @@ def read_labels(
     """
     if not file or not isinstance(file, str | os.PathLike) or not isinstance(key, str | None):
         raise InputError("noise 'human' needs file=, a .npy, .npz, .txt or .csv file of one label per sample")
-    path = Path(file).expanduser()
+    path = user_path(file)
+    refuse_streams(path)
     if key is not None and path.suffix not in (".npz", *_PICKLES):
         raise InputError(f"key {key!r} chooses an array of a .npz file: leave it out for {path}")
     clean = None

@@ -8,6 +8,7 @@ step takes many times as long. So what is fastest is measured, not guessed, and 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -206,7 +207,7 @@ def is_main() -> bool:
 
 
 def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` with these arguments as so many processes of one thread, each on cores of its own.
+    """Run a module as `module_command` does, as so many processes of one thread, each on cores of its own.
 
     The first prints; what another one says is shown if that is what failed. All end with this process, and where one
     is killed, at once.
@@ -224,7 +225,7 @@ def relaunch(processes: int, module: str, arguments: Sequence[str]) -> int:
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    command = [sys.executable, "-m", module, *arguments]
+    command = module_command(module, arguments)
     with contextlib.ExitStack() as files:
         said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         started = []
@@ -288,6 +289,17 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def module_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """`python -m module` with these arguments, which imports from where this process does.
+
+    The current folder is on its path only if it is on this one's: nobody who calls `rb-noisy` in a folder means to run
+    what lies there.
+    """
+    script = str(Path(__file__).with_name("started.py"))
+    path = json.dumps([part for part in sys.path if isinstance(part, str)])
+    return [sys.executable, script, path, module, *arguments]
 
 
 def placed(command: Sequence[str], cores: Sequence[int], nice: int = 19) -> list[str]:

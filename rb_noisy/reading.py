@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rb_noisy.errors import InputError
+from rb_noisy.files import refuse_streams
 
 # No file of ours is deeper than 12. Python's own limit is near 1000, which code that walks a value may meet earlier.
 DEEPEST = 100
@@ -37,7 +38,8 @@ def read_json(file: Path, what: str, way_out: str) -> Any:
 
 
 def read_bytes(file: Path, what: str, way_out: str) -> bytes:
-    """The bytes of a file, or an `InputError` in the words of `read_json`."""
+    """The bytes of a regular file, or an `InputError` in the words of `read_json`."""
+    refuse_streams(file)
     try:
         return Path(file).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL

@@ -72,9 +72,10 @@ def children(pid):
 
 
 def folder(out, run, n=60, label="tiny", eps=0.15):
-    weights = sha256(run.path / "final.safetensors")[:8]
-    [found] = out.glob(f"{label}-{weights}-quadrants-{n}-????????-Linf-{eps}")
-    return found
+    weights, data = sha256(run.path / "final.safetensors")[:8], load_data(run.recipe.data)
+    part = subset(run.recipe.data, data.y_test, n).index
+    images = tensors_digest([("x", data.x_test[part]), ("y", data.y_test[part])])[:8]
+    return out / f"{label}-{weights}-quadrants-{n}-{images}-Linf-{eps}"
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from rb_noisy.device import keep_freed_memory
 from rb_noisy.errors import InputError, NetworkWarning, unknown_name
 from rb_noisy.fast import FastForm, fast_form
 from rb_noisy.files import UNREADABLE, atomic_path, sha256, tensors_digest, write_json
-from rb_noisy.forward import all_finite, checked_images, doubts, image_shape_of, masked_doubt, spoiled_doubt, usable
+from rb_noisy.forward import all_finite, checked_images, doubts, image_shape_of, usable
 from rb_noisy.hints import command_line
 from rb_noisy.measures import wilson_interval
 from rb_noisy.placement import best_layout, launched, relaunch, threads_are_given
@@ -406,12 +406,6 @@ def rate(hits: Tensor) -> dict[str, Any]:
     """An accuracy with its 95% Wilson interval, from (n,) bool."""
     count, n = int(hits.sum()), len(hits)
     return {"accuracy": count / n, "interval": list(wilson_interval(count, n))}
-
-
-def doubts_of(verdicts: dict[str, Tensor]) -> list[str]:
-    """What the `masked` and `spoiled` images (n,) bool of an attack say against its figures."""
-    masked, spoiled = masked_doubt(verdicts["masked"]), int(verdicts["spoiled"].sum())
-    return ([masked] if masked else []) + ([spoiled_doubt(spoiled)] if spoiled else [])
 
 
 def percent(figures: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from eval import common
 from eval.batches import in_batches
 from rb_noisy.attacks import pgd
 from rb_noisy.errors import InputError, unknown_name
-from rb_noisy.forward import natural_logits
+from rb_noisy.forward import attack_doubts, natural_logits
 from rb_noisy.geometry import resistance
 from rb_noisy.radius import parse_radius
 
@@ -69,7 +69,7 @@ def evaluate(
         "steps": steps,
         **{name: common.rate(verdicts[name]) for name in ("natural", *ACCURACIES) if name in verdicts},
         "masked_gradients": verdicts["masked"].double().mean().item(),
-        "warnings": common.doubts_of(verdicts),
+        "warnings": attack_doubts(verdicts["masked"], verdicts["spoiled"]),
     }
     return figures, verdicts
 

@@ -26,8 +26,7 @@ from rb_noisy.forward import (
     device_of,
     image_shape_of,
     outside_inference,
-    warn_of_masked,
-    warn_of_spoiled,
+    warn_of_attack,
 )
 from rb_noisy.geometry import resistance
 from rb_noisy.image_files import folder_of_images, read_images
@@ -139,7 +138,7 @@ def annotate(
         given = {} if alpha is None else {"alpha": step}
         _check_calibrator(calibrator, model, eps=eps, norm=norm, **given)
     device, parts = device_of(model, images), []
-    hidden, spoiled = torch.zeros(0, dtype=torch.bool), 0
+    hidden = spoiled = torch.zeros(0, dtype=torch.bool)
     for at in range(0, len(images), batch_size):
         x = images[at : at + batch_size].to(device)
         if calibrator is not None:
@@ -150,14 +149,13 @@ def annotate(
             label = answers.argmax(1)
             ball = {"eps": eps, "alpha": step, "steps": steps, "norm": norm, "random_start": False}
             met = resistance(model, x, label, batch_size=batch_size, check=False, **ball)
-            hidden, spoiled = torch.cat([hidden, met.masked.cpu()]), spoiled + int(met.spoiled.sum())
+            hidden, spoiled = torch.cat([hidden, met.masked.cpu()]), torch.cat([spoiled, met.spoiled.cpu()])
             # float64, because float32 rounds the confidence of many images to 1 and then cannot rank them.
             part = (label, met.kappa, answers.double().softmax(1).amax(1))
         parts.append(tuple(values.cpu() for values in part))
         if progress is not None:
             progress(len(x))
-    warn_of_masked(hidden)
-    warn_of_spoiled(spoiled)
+    warn_of_attack(hidden, spoiled)
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
         return Annotations(none, none, none.double())

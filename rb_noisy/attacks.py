@@ -28,8 +28,7 @@ from rb_noisy.forward import (
     is_right,
     masked,
     outside_inference,
-    warn_of_masked,
-    warn_of_spoiled,
+    warn_of_attack,
 )
 from rb_noisy.radius import radius, step_size, whole_number
 
@@ -183,8 +182,7 @@ def pgd(
             spoiled |= ~finite(logits)
             final_correct = is_right(logits, judged)
     if check:
-        warn_of_masked(spoiled[:0] if hidden is None else hidden)
-        warn_of_spoiled(int(spoiled.sum()))
+        warn_of_attack(spoiled[:0] if hidden is None else hidden, spoiled)
     return AttackResult(
         x_adv,
         kappa_of(correct, y, definition),

@@ -33,8 +33,7 @@ from rb_noisy.forward import (
     checked_labels,
     in_training,
     outside_inference,
-    warn_of_masked,
-    warn_of_spoiled,
+    warn_of_attack,
 )
 from rb_noisy.geometry import resistance, stands
 from rb_noisy.radius import radius, step_size
@@ -294,8 +293,7 @@ def observe(
     attack = {"norm": norm, "steps": steps, "random_start": False, "batch_size": batch_size, "check": False}
     near = resistance(model, x, label, eps=eps, alpha=alpha, progress=progress, **attack)
     if warn:
-        warn_of_masked(near.masked)
-        warn_of_spoiled(int(near.spoiled.sum()))
+        warn_of_attack(near.masked, near.spoiled)
     found = Observed(logits, near.kappa.cpu(), near.margin.cpu())
     if set(TARGETED) & set(features):
         target = logits.topk(2, dim=1).indices[:, 1].to(x.device)

@@ -246,27 +246,29 @@ def depends_on_batch(model: nn.Module, x: Tensor) -> bool:
     return len(x) > 1 and differ(natural_logits(model, x)[:1], natural_logits(model, x[:1]))
 
 
-def warn_of_masked(hidden: Tensor) -> None:
-    """Warn where more than `MASKED_SHARE` of the images (N,) have no usable gradient (`masked`)."""
-    if message := masked_doubt(hidden):
-        warnings.warn(message, NetworkWarning, stacklevel=4)
+def warn_of_attack(hidden: Tensor, spoiled: Tensor) -> None:
+    """Warn of what `attack_doubts` says."""
+    for doubt in attack_doubts(hidden, spoiled):
+        warnings.warn(doubt, NetworkWarning, stacklevel=4)
 
 
-def masked_doubt(hidden: Tensor) -> str | None:
-    """What is to be said of (N,) bool, the images without a usable gradient; None below `MASKED_SHARE` of them."""
-    share = hidden.double().mean().item() if len(hidden) else 0.0
-    if share <= MASKED_SHARE:
-        return None
-    return (
-        f"the gradient of {share:.0%} of the images is zero or not finite: attacks that follow it are blind there, and "
-        "the network looks more robust than it is; believe AutoAttack (Square needs no gradients), not this figure"
-    )
+def attack_doubts(hidden: Tensor, spoiled: Tensor) -> list[str]:
+    """What speaks against the figures of an attack on N images.
 
-
-def warn_of_spoiled(count: int) -> None:
-    """Warn of so many attacked images whose logits are not finite."""
-    if count:
-        warnings.warn(spoiled_doubt(count), NetworkWarning, stacklevel=4)
+    Args:
+        hidden: (N,) bool, the images without a usable gradient (`masked`); told from `MASKED_SHARE` of them on.
+        spoiled: (N,) bool, the images with an iterate whose logits are not finite.
+    """
+    found, share = [], hidden.double().mean().item() if len(hidden) else 0.0
+    if share > MASKED_SHARE:
+        found.append(
+            f"the gradient of {share:.0%} of the images is zero or not finite: attacks that follow it are blind there, "
+            "and the network looks more robust than it is; believe AutoAttack (Square needs no gradients), not this "
+            "figure"
+        )
+    if count := int(spoiled.sum()):
+        found.append(spoiled_doubt(count))
+    return found
 
 
 def spoiled_doubt(count: int) -> str:

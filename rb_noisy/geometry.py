@@ -35,8 +35,7 @@ from rb_noisy.forward import (
     is_right,
     masked,
     outside_inference,
-    warn_of_masked,
-    warn_of_spoiled,
+    warn_of_attack,
 )
 from rb_noisy.radius import whole_number
 
@@ -107,8 +106,7 @@ class Resistance:
 
 def _told(met: Resistance) -> Resistance:
     """The same, once what speaks against it has been said."""
-    warn_of_masked(met.masked)
-    warn_of_spoiled(int(met.spoiled.sum()))
+    warn_of_attack(met.masked, met.spoiled)
     return met
 
 
